@@ -1,0 +1,1 @@
+"""From bilingual text to training samples: sources, cleaning, tokenizer, shards, blank infilling, loader."""

@@ -1,0 +1,182 @@
+"""One entry point for every command: Hydra composes, a dataclass validates, errors become exit statuses.
+
+    python -m train model=tiny data.path='我的 数据/(v2)' --cfg job
+
+Hydra's own grammar stumbles over Chinese, spaces and brackets in values. The keys in `VALUE_KEYS` hold paths or free
+text, never groups, so their values are quoted here before Hydra parses them.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DATA, EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, Stopped
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+VALUE_KEYS = frozenset(
+    {"data.path", "data.sources", "run_dir", "checkpoint", "text", "output", "initialize_from", "tokenizer.path"}
+)
+"""Keys whose values are paths or free text: quoted before Hydra sees them."""
+
+_QUIET = ["hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+_QUIET += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+
+Schema = TypeVar("Schema")
+
+
+def run(
+    config_name: str,
+    schema: type[Schema],
+    task: Callable[[Schema], int | None],
+    *,
+    program: str,
+    aliases: Mapping[str, str] | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Compose `configs/<config_name>.yaml` with the command line, validate it as `schema`, call `task`.
+
+    aliases: key prefixes that users may write for another (`{"checkpoint.": "saving."}`).
+    argv: the command line without the program's name; default `sys.argv[1:]`.
+    Returns the exit status: what `task` returned (None counts as 0), 2 for a wrong setting, 3 for broken data, 75 for
+    a run that stopped after saving, 1 with a traceback for anything else.
+    """
+    words = quote_values(sys.argv[1:] if argv is None else argv, aliases or {})
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    status: list[int] = []
+
+    def body(composed: DictConfig) -> None:
+        status.append(task(to_object(composed, schema)) or EXIT_DONE)
+
+    previous = sys.argv
+    sys.argv = [f"{program}", *_QUIET, *words]
+    # Without this Hydra prints its errors itself and always exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(body)()
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        return _say(program, EXIT_CONFIG, error)
+    except DataError as error:
+        return _say(program, EXIT_DATA, error)
+    except Stopped as stop:
+        print(f"{program}: {stop}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return EXIT_CRASH
+    finally:
+        sys.argv = previous
+    return max(status, default=EXIT_DONE)
+
+
+def compose(config_name: str, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
+    """The validated config of `configs/<config_name>.yaml` with `overrides`, without running anything.
+
+    Raises ConfigError for an unknown key, a wrong type or a broken rule.
+    """
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    try:
+        with hydra.initialize_config_dir(version_base=None, config_dir=str(CONFIG_DIR)):
+            return to_object(hydra.compose(config_name, overrides=quote_values(overrides)), schema)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def to_object(composed: DictConfig, schema: type[Schema]) -> Schema:
+    """Dataclass instance of a composed config; runs each dataclass's `__post_init__` checks."""
+    container = OmegaConf.to_object(composed)
+    if not isinstance(container, schema):
+        raise TypeError(f"the defaults list of this config must start with the schema of {schema.__name__}")
+    return container
+
+
+def quote_values(words: Sequence[str], aliases: Mapping[str, str] | None = None) -> list[str]:
+    """The command line with aliases replaced and the values of `VALUE_KEYS` quoted for Hydra's grammar."""
+    multirun = "-m" in words or "--multirun" in words
+    result = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        bare = key.lstrip("+~")
+        for alias, name in (aliases or {}).items():
+            if bare.startswith(alias):
+                key = key[: len(key) - len(bare)] + name + bare[len(alias) :]
+                bare = key.lstrip("+~")
+        if equals and bare in VALUE_KEYS and value not in ("", "null"):
+            sweep = multirun and "," in value and not value.startswith("[")
+            value = value if sweep else _quote(value)
+        result.append(key + equals + value)
+    return result
+
+
+def _quote(value: str) -> str:
+    if value.startswith("[") and value.endswith("]") and _is_list(value):
+        return value if "{" in value else "[" + ",".join(_quote(item.strip()) for item in _split(value[1:-1])) + "]"
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
+
+
+def _is_list(value: str) -> bool:
+    """A bracketed list, not free text that happens to start and end with a mask such as `[MASK] … [gMASK]`."""
+    inner = value[1:-1]
+    return "[" not in inner and "]" not in inner and inner not in ("MASK", "gMASK", "sMASK")
+
+
+def _split(inner: str) -> list[str]:
+    """Items between commas that are not inside quotes."""
+    items: list[str] = [""]
+    quote = ""
+    for character in inner:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        if character == "," and not quote:
+            items.append("")
+        else:
+            items[-1] += character
+    return [item for item in items if item.strip()]
+
+
+def parses(word: str) -> bool:
+    """Whether Hydra can parse this override at all."""
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
+
+
+def _say(program: str, status: int, error: BaseException) -> int:
+    print(f"{program}: {_one_line(error)}", file=sys.stderr, flush=True)
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    """Hydra and OmegaConf spread a message over lines and end with type noise; the useful part on one line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    useful = [line for line in lines if line and not line.startswith(("reference_type=", "object_type=", "set_struct"))]
+    text = " ".join(useful)
+    full_key = next((line.removeprefix("full_key: ") for line in useful if line.startswith("full_key: ")), None)
+    if full_key is not None:
+        text = text.replace(f"full_key: {full_key}", "").strip()
+        text = text if full_key in text else f"{full_key}: {text}"
+    return text or type(error).__name__
+
+
+def as_yaml(config: Any) -> str:
+    """YAML of a validated config, keys in the schema's order."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
