@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -149,15 +148,6 @@ def _split(inner: str) -> list[str]:
         else:
             items[-1] += character
     return [item for item in items if item.strip()]
-
-
-def parses(word: str) -> bool:
-    """Whether Hydra can parse this override at all."""
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
 
 
 def _say(program: str, status: int, error: BaseException) -> int:

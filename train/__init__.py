@@ -1,0 +1,1 @@
+"""The trainer: config schema, model, parallel layers, engine, loop, checkpoints, evaluation, reports."""

@@ -1,0 +1,302 @@
+"""The schema of a training run: every key, its type, its unit and what it does.
+
+`configs/` holds the values, this file the meaning; `train/rules.py` the rules between keys. Hydra refuses a key that is
+not here. Lists of allowed words stand in `CHOICES` and are checked with the rules.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from data_prep.config import DataConfig, TokenizerConfig
+from kernels.config import KernelsConfig
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.norm_placement": ("deepnorm", "post", "pre", "sandwich"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.positions": ("rotary_1d", "rotary_2d", "learned_2d", "none"),
+    "model.activation": ("geglu", "swiglu", "gelu", "gelu_tanh"),
+    "model.bias": ("all", "qkv", "none"),
+    "model.init": ("xavier", "normal"),
+    "parallel.activation_checkpointing": ("none", "full"),
+    "schedule.kind": ("cosine", "linear", "constant"),
+    "precision.dtype": ("fp32", "bf16", "fp16"),
+    "stability.softmax": ("fp32", "scaled", "half"),
+    "loss.weighting": ("sequence", "token"),
+    "logging.wandb": ("online", "offline", "disabled"),
+    "cluster.launcher": ("local",),
+}
+"""The words a key may hold."""
+
+
+@dataclass
+class ModelConfig:
+    """One decoder-like GLM: a list of equal layers between an embedding and a head."""
+
+    name: str = MISSING
+    """Name shown in logs and reports."""
+    num_layers: int = MISSING
+    """Transformer layers."""
+    hidden_size: int = MISSING
+    """Width of the residual stream."""
+    num_heads: int = MISSING
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads: null means one for each query head, 1 is multi-query attention."""
+    head_dim: int | None = None
+    """Dimensions of a head; null means hidden_size / num_heads."""
+    ffn_hidden_size: int = MISSING
+    """Width inside the feed-forward block (of one half, when it is gated)."""
+    padded_vocab_size: int = MISSING
+    """Rows of the embedding: pieces, specials and padding. A model value, never a function of tensor parallelism."""
+    max_positions: int = MISSING
+    """Longest sequence in slots; the default of sequence_length."""
+    norm_placement: str = "deepnorm"
+    """deepnorm, post, pre or sandwich (a second norm on each branch's output)."""
+    norm: str = "layernorm"
+    """layernorm or rmsnorm."""
+    norm_eps: float = 1e-5
+    """Epsilon inside the norms."""
+    deepnorm_alpha: float | None = None
+    """Residual scale of deepnorm; null means sqrt(2 * num_layers)."""
+    positions: str = "rotary_1d"
+    """rotary_1d, rotary_2d (half of the dims for the position, half for the block), learned_2d or none."""
+    rotary_fraction: float = 1.0
+    """Share of a head's dims that are rotated (ChatGLM2: 0.5)."""
+    rotary_interleaved: bool = False
+    """Rotate neighbouring pairs (ChatGLM2) in place of the two halves (GLM-130B)."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_fp16_angles: bool = False
+    """Compute the angles in fp16 as the released GLM-130B does; only to continue from its weights."""
+    activation: str = "geglu"
+    """geglu (exact erf), swiglu, gelu (erf) or gelu_tanh."""
+    bias: str = "all"
+    """Which linear layers carry a bias: all, qkv or none."""
+    tied_embeddings: bool = True
+    """Share the embedding with the head."""
+    hidden_dropout: float = 0.0
+    """Dropout on the embedding and on each branch's output."""
+    attention_dropout: float = 0.0
+    """Dropout on the attention probabilities."""
+    init: str = "xavier"
+    """xavier (on the full, unsharded fans; with deepnorm's gain) or normal (init_std, output layers / sqrt(2 L))."""
+    init_std: float = 0.02
+    """Standard deviation for init=normal."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the batch are divided; data_parallel is what remains of the world size."""
+
+    tensor_parallel: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_parallel: int = 1
+    """Stages that share the list of layers; more than one means 1F1B and zero_stage <= 1."""
+    zero_stage: int = 1
+    """0 plain, 1 optimizer states, 2 and gradients, 3 and parameters divided over the data-parallel ranks."""
+    activation_checkpointing: str = "none"
+    """none, or full: keep each layer's input only and recompute the rest in the backward pass."""
+    reduce_bucket_elements: int = 500_000_000
+    """Elements of a gradient-reduction bucket; smaller buckets use less memory."""
+    allgather_bucket_elements: int = 500_000_000
+    """Elements of a parameter all-gather bucket."""
+    overlap_communication: bool = False
+    """Reduce gradients while the backward pass goes on (zero_stage 1 to 3, one stage, on accelerators)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with decay on matrices only."""
+
+    lr: float = MISSING
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; never on biases and norms."""
+    decay_embeddings: bool = True
+    """Whether embedding tables decay too."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off (the norm is logged all the same)."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate and batch size as functions of the samples consumed."""
+
+    kind: str = "cosine"
+    """cosine, linear or constant after the warm-up."""
+    warmup_samples: int = 0
+    """Samples of linear warm-up from 0 to optimizer.lr."""
+    decay_samples: int = MISSING
+    """Samples, counted from 0, after which the rate stays at min_lr. Explicit, so that stopping early or going on later
+    never bends the curve."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    rampup_start: int | None = None
+    """Global batch size of the first step; null switches the ramp-up off."""
+    rampup_increment: int = 1
+    """Samples by which the batch grows at a time."""
+    rampup_samples: int = 0
+    """Samples over which it grows from rampup_start to global_batch_size."""
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats. Master weights and optimizer states are fp32 whatever is chosen."""
+
+    dtype: str = MISSING
+    """fp32, bf16 or fp16: weights in the forward pass, activations and communication."""
+    loss_scale: float = 0.0
+    """fp16: a fixed loss scale; 0 means dynamic."""
+    loss_scale_initial_power: int = 16
+    """fp16: the dynamic scale starts at 2 to this power."""
+    loss_scale_window: int = 2000
+    """fp16: steps without overflow after which the scale doubles."""
+    loss_scale_hysteresis: int = 2
+    """fp16: overflows that are borne before the scale halves."""
+    loss_scale_minimum: float = 1.0
+    """fp16: the floor; an overflow there stops the run."""
+
+
+@dataclass
+class StabilityConfig:
+    """Remedies against divergence."""
+
+    softmax: str = "fp32"
+    """fp32; scaled (fp32 of scores divided and multiplied by max(1, layer index), GLM-130B); half (compute dtype)."""
+    embedding_gradient_shrink: float = 1.0
+    """EGS alpha: the share of the embedding's gradient that is kept; 1 switches it off, GLM-130B used 0.1."""
+    embedding_gradient_shrink_schedule: list[list[float]] = field(default_factory=list)
+    """Pairs [consumed_samples, alpha]: from that sample on this alpha; before the first, the constant above."""
+    shrink_head: bool = False
+    """Apply EGS at the tied logits too, not only at the lookup."""
+
+
+@dataclass
+class LossConfig:
+    """What a training step minimises: the sum of loss_weight times cross entropy, over samples."""
+
+    weighting: str = "sequence"
+    """sequence (each sequence counts 1, GLM-130B's) or token (each target counts the same)."""
+    z_loss: float = 0.0
+    """Coefficient of the squared log-partition; logged apart from the loss."""
+    softcap: float = 0.0
+    """Cap c of the logits, c * tanh(logit / c); 0 switches it off."""
+
+
+@dataclass
+class SavingConfig:
+    """Checkpoints under run_dir/checkpoints."""
+
+    every_steps: int = 100
+    """Save each so many steps; 0 saves only at the end and on a signal."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Steps whose multiples are kept for ever; 0 keeps none beyond keep_last."""
+
+
+@dataclass
+class ResumeConfig:
+    """What happens when run_dir already holds a run."""
+
+    enabled: bool = True
+    """Continue from the newest whole checkpoint; false refuses to touch an existing run."""
+    step: int | None = None
+    """Resume from this step's checkpoint in place of the newest."""
+    reshape: bool = False
+    """Allow another tensor_parallel, pipeline_parallel or zero_stage than the checkpoint was written with."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation on held-out shards during training, and the end of the run."""
+
+    every_steps: int = 100
+    """Validate each so many steps and at the end; 0 switches validation off."""
+    samples: int = 64
+    """Held-out samples a validation; the same ones each time."""
+    blanks: int = 3
+    """Blanks a language to fill in the report at the end."""
+
+
+@dataclass
+class LoggingConfig:
+    """What the user sees while it runs."""
+
+    every_steps: int = 10
+    """Steps between two reads of the device: progress line, metrics.jsonl, wandb. Each step keeps its own line."""
+    wandb: str = "disabled"
+    """online, offline or disabled; a failing wandb never stops a run."""
+    wandb_project: str = "tiankong"
+    """Project name there."""
+    progress: bool = True
+    """The live line on rank 0."""
+    report: bool = True
+    """Write report.html at the end."""
+
+
+@dataclass
+class ClusterConfig:
+    """Where the ranks run; read by `python -m launch` and the planner."""
+
+    launcher: str = "local"
+    """local: torchrun's agent on this machine."""
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int | None = None
+    """Accelerators on each; null detects."""
+    processes: int | None = None
+    """Ranks on this machine; null means one an accelerator, or one on a CPU."""
+    hardware: str | None = None
+    """Accelerator name for the planner and MFU when it cannot be detected, such as a100_40g; null detects."""
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    run_dir: str = "runs/default"
+    """Folder of this run: config, metrics, checkpoints, report."""
+    seed: int = 1234
+    """Root of every random number: data, masks, dropout, initial weights."""
+    sequence_length: int = MISSING
+    """Slots of a sample."""
+    micro_batch_size: int = 1
+    """Sequences a rank takes through one forward pass."""
+    global_batch_size: int = MISSING
+    """Sequences a step, over all ranks and micro-batches."""
+    max_steps: int | None = None
+    """Stop after this step; null stops when schedule.decay_samples are consumed."""
+    initialize_from: str | None = None
+    """Checkpoint whose weights start this run; step, data position and optimizer start anew."""
+
+
+def get(config: Any, key: str) -> Any:
+    """The value at a dotted key of nested dataclasses."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
