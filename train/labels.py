@@ -1,0 +1,50 @@
+"""What the last stage needs of a batch: its target rows, picked out on the host so that the device never waits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_prep.batch import Batch
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Targets of one micro-batch; T rows with loss_weight > 0 of its B*S.
+
+    rows: int64 [T], index into the flattened [B*S]. targets: int64 [T]. loss_weight: float32 [T], already divided by
+    the micro-batch's sequences, so that the mean over micro-batches and ranks is the step's loss. groups: uint8 [T].
+    """
+
+    rows: Tensor
+    targets: Tensor
+    loss_weight: Tensor
+    groups: Tensor
+
+    @staticmethod
+    def of(batch: Batch) -> "Labels":
+        """The labels of a batch on the host."""
+        sequences, slots = batch.targets.shape
+        rows = (batch.loss_weight.flatten() > 0).nonzero().squeeze(1)
+        return Labels(
+            rows=rows,
+            targets=batch.targets.flatten()[rows],
+            loss_weight=batch.loss_weight.flatten()[rows] / sequences,
+            groups=batch.group.repeat_interleave(slots)[rows],
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields in order, as a pipeline carries them."""
+        return self.rows, self.targets, self.loss_weight, self.groups
+
+    def to(self, device: torch.device) -> "Labels":
+        """The same on another device, without waiting."""
+        return Labels(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
+
+
+def inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first stage needs: tokens int64 [B,S], meta int64 [B,4,S], sample_index int64 [B]."""
+    meta = torch.cat(
+        [batch.positions.long(), batch.attend_from.long()[:, None], batch.attend_to.long()[:, None]], dim=1
+    )
+    return batch.tokens, meta, batch.sample_index

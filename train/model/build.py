@@ -1,0 +1,121 @@
+"""The list of layers, which part of it a stage holds, and the choice of kernels."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kernels.resolve import resolve
+from train.config import Config
+from train.mesh import Mesh
+from train.model.context import Context, Operations, State
+from train.model.ends import Embedding, Head
+from train.model.layers import PostNormLayer, PreNormLayer
+from train.model.parameters import Layout, layout_of
+
+
+def stage_bounds(num_layers: int, stages: int) -> list[int]:
+    """Where each stage starts in the list [embedding, layers…, head], and the list's end.
+
+    Slots are shared evenly with embedding and head counted as one each, so that the first and last stage hold one
+    layer fewer (GLM-130B: 72 slots over 8 stages); what does not divide goes to the middle stages first.
+    """
+    slots = num_layers + 2
+    sizes = [slots // stages] * stages
+    for extra in range(slots % stages):
+        sizes[_middle_first(stages)[extra]] += 1
+    bounds = [0]
+    for size in sizes:
+        bounds.append(bounds[-1] + size)
+    return bounds
+
+
+def _middle_first(stages: int) -> list[int]:
+    return sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage))
+
+
+def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Operations:
+    """Each operation's implementation, or a KernelError that names the key."""
+    kernels, model = config.kernels, config.model
+    norm = {"dropout"} if model.hidden_dropout else set()
+    norm |= {"return_sum"} if model.norm_placement in ("pre", "sandwich") else set()
+    attention = {"dropout"} if model.attention_dropout else set()
+    attention |= {"half_softmax"} if config.stability.softmax == "half" else set()
+    head = {"tensor_parallel"} if config.parallel.tensor_parallel > 1 else set()
+    head |= {"z_loss"} if config.loss.z_loss else set()
+    head |= {"softcap"} if config.loss.softcap else set()
+    return Operations(
+        residual_norm=resolve("residual_norm", kernels.residual_norm, device, dtype, norm),
+        bias_activation=resolve("bias_activation", kernels.bias_activation, device, dtype),
+        rotary=resolve("rotary", kernels.rotary, device, dtype),
+        attention=resolve("interval_attention", kernels.interval_attention, device, dtype, attention),
+        linear_cross_entropy=resolve("linear_cross_entropy", kernels.linear_cross_entropy, device, dtype, head),
+        embedding=resolve("embedding", kernels.embedding, device, dtype),
+    )
+
+
+class Model(nn.Module):
+    """The layers that this stage holds, run one after the other.
+
+    In one stage that is all of them: `forward` takes (tokens, meta, sample_index) and returns the normalised hidden
+    states, `head.loss` or `head.logits` goes on from there.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.context = Context(
+            model=config.model,
+            mesh=mesh,
+            ops=operations(config, mesh.device, dtype),
+            seed=config.seed,
+            softmax=config.stability.softmax,
+            z_loss=config.loss.z_loss,
+            softcap=config.loss.softcap,
+            recompute=config.parallel.activation_checkpointing == "full",
+        )
+        bounds = stage_bounds(config.model.num_layers, mesh.pipeline)
+        self.start, self.stop = bounds[mesh.stage], bounds[mesh.stage + 1]
+        self.embedding: Embedding | None = None
+        self.head: Head | None = None
+        self.items = nn.ModuleList(self._item(index) for index in range(self.start, self.stop))
+
+    def _item(self, index: int) -> nn.Module:
+        """Item `index` of the whole list; the layers stand at 1 … num_layers."""
+        context = self.context
+        if index == 0:
+            self.embedding = Embedding(context)
+            return self.embedding
+        if index == context.model.num_layers + 1:
+            tied = self.embedding.weight if self.embedding is not None and context.model.tied_embeddings else None
+            self.head = Head(context, tied)
+            return self.head
+        return (PostNormLayer if context.post_norm else PreNormLayer)(context, index - 1)
+
+    def forward(self, state: State) -> "State | Tensor":
+        """This stage's part of the model: a State, or the head's hidden states on the last stage."""
+        for item in self.items:
+            state = item(state)
+        return state
+
+    def set_shrink(self, lookup: float, head: float) -> None:
+        """EGS alpha of the coming step, at the lookup and at the tied logits."""
+        if self.embedding is not None:
+            self.embedding.shrink = lookup
+        if self.head is not None:
+            self.head.shrink = head
+
+    def tied_weight(self) -> nn.Parameter | None:
+        """This stage's copy of a table that lives on two stages, or None."""
+        if not self.context.model.tied_embeddings or self.context.mesh.pipeline == 1:
+            return None
+        end = self.embedding or self.head
+        return None if end is None else end.weight
+
+
+def named_layouts(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[Layout, nn.Parameter]]:
+    """Each parameter once, with its layout."""
+    seen: set[int] = set()
+    for parameter in parameters:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield layout_of(parameter), parameter

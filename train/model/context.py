@@ -1,0 +1,145 @@
+"""What every layer is handed besides its input: the model's shape, the mesh, the kernels and the seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.random import Dropout, dropout_key
+from train.config import ModelConfig
+from train.mesh import Mesh
+from train.model.parameters import Layout, make_parameter, split, xavier_std
+
+State = tuple[Tensor, Tensor, Tensor]
+"""What flows from layer to layer and from stage to stage: hidden [B,S,H] (the embedding takes tokens int64 [B,S] in its
+place), meta int64 [B,4,S] (two position rows, attend_from, attend_to), sample_index int64 [B]."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The chosen implementation of each fused operation; see the file of that name in `kernels/`."""
+
+    residual_norm: Callable[..., Any]
+    bias_activation: Callable[..., Tensor]
+    rotary: Callable[..., Tensor]
+    attention: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    linear_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    embedding: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Shared by all layers of one model; immutable."""
+
+    model: ModelConfig
+    mesh: Mesh
+    ops: Operations
+    seed: int
+    softmax: str = "fp32"
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    recompute: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        return self.model.num_kv_heads or self.model.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.model.head_dim or self.model.hidden_size // self.model.num_heads
+
+    @property
+    def gated(self) -> bool:
+        return self.model.activation in ("geglu", "swiglu")
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether the residual comes from the norm's output (deepnorm, post) or from the raw stream (pre, sandwich)."""
+        return self.model.norm_placement in ("deepnorm", "post")
+
+    @property
+    def residual_scale(self) -> float:
+        """DeepNorm's alpha (arXiv 2203.00555, table 1, decoder-only: (2N)^(1/2), GLM-130B's); 1 for the others."""
+        if self.model.norm_placement != "deepnorm":
+            return 1.0
+        return self.model.deepnorm_alpha or (2.0 * self.model.num_layers) ** 0.5
+
+    def std(self, fan_in: int, fan_out: int, *, branch: bool) -> float:
+        """Deviation of a matrix's initial values. branch: the matrices that DeepNorm damps (value, output, FFN)."""
+        if self.model.init == "normal":
+            return self.model.init_std
+        damped = branch and self.model.norm_placement == "deepnorm"
+        return xavier_std(fan_in, fan_out, (2.0 * self.model.num_layers) ** -0.5 if damped else 1.0)
+
+    def output_std(self, fan_in: int, fan_out: int) -> float:
+        """Deviation of a branch's last matrix: GPT-2's 1 / sqrt(2 N) with init=normal."""
+        std = self.std(fan_in, fan_out, branch=True)
+        return std / (2.0 * self.model.num_layers) ** 0.5 if self.model.init == "normal" else std
+
+    def cut(self, name: str, shape: tuple[int, ...], dim: int, *, halves: int = 1) -> Layout:
+        """This rank's layout of a parameter that tensor parallelism divides."""
+        return split(name, shape, dim, self.mesh.tensor_rank, self.mesh.tensor, halves=halves)
+
+    def matrix(self, layout: Layout, std: float | Tensor) -> nn.Parameter:
+        """A weight matrix, drawn by address."""
+        return make_parameter(layout, self.mesh.device, seed=self.seed, std=std)
+
+    def vector(self, layout: Layout, *, value: float = 0.0, wanted: bool = True) -> nn.Parameter | None:
+        """A bias or a norm's weight; None where the model has none."""
+        return make_parameter(layout, self.mesh.device, value=value) if wanted else None
+
+    def dropout(
+        self, module: nn.Module, probability: float, layer: int, site: str, sample_index: Tensor, offset: int = 0
+    ) -> Dropout | None:
+        """The addressed dropout of one site, or None in evaluation."""
+        if not module.training or probability == 0.0:
+            return None
+        return Dropout(probability, dropout_key(self.seed, layer, site), sample_index, offset)
+
+
+class Norm(nn.Module):
+    """The weight (and bias) of a LayerNorm or RMSNorm; the fused kernels apply it."""
+
+    def __init__(self, context: Context, name: str) -> None:
+        super().__init__()
+        self.context = context
+        width = (context.model.hidden_size,)
+        self.weight = make_parameter(Layout(f"{name}.weight", width), context.mesh.device, value=1.0)
+        self.bias = context.vector(Layout(f"{name}.bias", width), wanted=context.model.norm == "layernorm")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """norm(x), [..., hidden]."""
+        return self.after(x, None, None)
+
+    def after(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        bias: Tensor | None,
+        *,
+        alpha: float = 1.0,
+        dropout: Dropout | None = None,
+        return_sum: bool = False,
+    ) -> Any:
+        """norm(alpha * x + dropout(branch + bias)), and the sum itself with return_sum."""
+        model = self.context.model
+        return self.context.ops.residual_norm(
+            x,
+            branch,
+            bias,
+            self.weight,
+            self.bias,
+            alpha=alpha,
+            eps=model.norm_eps,
+            kind=model.norm,
+            dropout=dropout,
+            return_sum=return_sum,
+        )
+
+
+def intervals(meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """positions int32 [B,2,S], attend_from and attend_to int32 [B,S] of a meta tensor."""
+    meta = meta.to(torch.int32)
+    return meta[:, :2], meta[:, 2], meta[:, 3]

@@ -1,0 +1,264 @@
+"""The transformer layer: attention and feed-forward with two ways to place the norms.
+
+Shapes: B sequences, S slots, H hidden, N query heads and K key-value heads on this rank, D dims a head, F ffn width.
+Maths of the default: GLM-130B (arXiv 2210.02414, section 2.1), a post-norm layer with DeepNorm written so that the
+residual comes from the norm's output; a layer takes the normalised input and returns the next layer's.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from train.model.context import Context, Norm, State, intervals
+from train.model.parameters import Layout
+from train.model.tensor_parallel import column_parallel, copy_to_ranks, row_parallel
+
+
+class Attention(nn.Module):
+    """Interval attention over heads divided among the tensor-parallel ranks.
+
+    Multi-head: one packed matrix, rows per head (q, k, v). Grouped heads: a query matrix and a key-value matrix, rows
+    per group (k, v); where the ranks do not divide the groups, every rank computes all of them and uses those its own
+    query heads need.
+    """
+
+    def __init__(self, context: Context, layer: int) -> None:
+        super().__init__()
+        self.context, self.layer = context, layer
+        model, dim, ranks = context.model, context.head_dim, context.mesh.tensor
+        name = f"layers.{layer}.attention"
+        self.heads = model.num_heads // ranks
+        self.packed = context.kv_heads == model.num_heads
+        self.kv_split = context.kv_heads % ranks == 0
+        self.kv_heads = context.kv_heads // ranks if self.kv_split else context.kv_heads
+        width, kv_width = model.num_heads * dim, context.kv_heads * dim
+        has_bias = model.bias in ("all", "qkv")
+        query_std = context.std(model.hidden_size, width, branch=False)
+        value_std = context.std(model.hidden_size, kv_width, branch=True)
+        key_std = context.std(model.hidden_size, kv_width, branch=False)
+        if self.packed:
+            rows = torch.tensor([query_std, key_std, value_std]).repeat_interleave(dim).repeat(self.heads)
+            packed = (3 * width, model.hidden_size)
+            self.qkv_weight = context.matrix(
+                context.cut(f"{name}.query_key_value.weight", packed, 0), rows[:, None].to(context.mesh.device)
+            )
+            self.qkv_bias = context.vector(
+                context.cut(f"{name}.query_key_value.bias", packed[:1], 0), wanted=has_bias
+            )
+        else:
+            query = (width, model.hidden_size)
+            self.query_weight = context.matrix(context.cut(f"{name}.query.weight", query, 0), query_std)
+            self.query_bias = context.vector(context.cut(f"{name}.query.bias", query[:1], 0), wanted=has_bias)
+            pair = (2 * kv_width, model.hidden_size)
+            names = f"{name}.key_value.weight", f"{name}.key_value.bias"
+            kv_rows = torch.tensor([key_std, value_std]).repeat_interleave(dim).repeat(self.kv_heads)
+            layouts = (
+                (context.cut(names[0], pair, 0), context.cut(names[1], pair[:1], 0))
+                if self.kv_split
+                else (Layout(names[0], pair), Layout(names[1], pair[:1]))
+            )
+            self.kv_weight = context.matrix(layouts[0], kv_rows[:, None].to(context.mesh.device))
+            self.kv_bias = context.vector(layouts[1], wanted=has_bias)
+        output = (model.hidden_size, width)
+        self.dense_weight = context.matrix(
+            context.cut(f"{name}.dense.weight", output, 1), context.output_std(width, model.hidden_size)
+        )
+        self.dense_bias = context.vector(Layout(f"{name}.dense.bias", output[:1]), wanted=model.bias == "all")
+
+    def forward(self, x: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
+        """x [B,S,H] -> the output product [B,S,H], its bias not yet added."""
+        positions, attend_from, attend_to = intervals(meta)
+        query, key, value = self._packed(x, positions) if self.packed else self._grouped(x, positions)
+        context = self.context
+        out, _, _ = context.ops.attention(
+            query,
+            key,
+            value,
+            attend_from,
+            attend_to,
+            scale=context.head_dim**-0.5,
+            alpha=max(1.0, float(self.layer)) if context.softmax == "scaled" else 1.0,
+            softcap=0.0,
+            dropout=context.dropout(
+                self,
+                context.model.attention_dropout,
+                self.layer,
+                "attention",
+                sample_index,
+                offset=context.mesh.tensor_rank * self.heads,
+            ),
+            want_max_logit=False,
+        )
+        return row_parallel(out.flatten(2), self.dense_weight, context.mesh.tensor_group)
+
+    def _packed(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dim = self.context.head_dim
+        packed = column_parallel(x, self.qkv_weight, self.context.mesh.tensor_group)
+        packed = self._rotate(packed.unflatten(2, (-1, dim)), self.qkv_bias, positions, period=3, passthrough=1)
+        query, key, value = packed.unflatten(2, (self.heads, 3)).unbind(3)
+        return query, key, value
+
+    def _grouped(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mesh, dim = self.context.mesh, self.context.head_dim
+        query = column_parallel(x, self.query_weight, mesh.tensor_group).unflatten(2, (-1, dim))
+        query = self._rotate(query, self.query_bias, positions, period=1, passthrough=0)
+        if self.kv_split:
+            pair, bias = column_parallel(x, self.kv_weight, mesh.tensor_group), self.kv_bias
+        else:
+            # Each rank uses some of the heads that all compute, so it is their gradients that are summed over the
+            # ranks; x then gets the whole gradient everywhere without a sum of its own.
+            pair = copy_to_ranks(torch.nn.functional.linear(x, self.kv_weight), mesh.tensor_group)
+            bias = None if self.kv_bias is None else copy_to_ranks(self.kv_bias, mesh.tensor_group)
+        pair = self._rotate(pair.unflatten(2, (-1, dim)), bias, positions, period=2, passthrough=1)
+        key, value = pair.unflatten(2, (self.kv_heads, 2)).unbind(3)
+        if self.kv_split:
+            return query, key, value
+        first = mesh.tensor_rank * self.heads
+        share = self.context.model.num_heads // self.kv_heads
+        if self.heads % share == 0:
+            groups = slice(first // share, (first + self.heads) // share)
+        elif share % self.heads == 0:
+            groups = slice(first // share, first // share + 1)
+        else:
+            # A rank whose heads straddle groups unevenly: one key-value head for each query head.
+            wanted = torch.arange(first, first + self.heads, device=x.device) // share
+            return query, key[:, :, wanted], value[:, :, wanted]
+        return query, key[:, :, groups], value[:, :, groups]
+
+    def _rotate(self, x: Tensor, bias: Tensor | None, positions: Tensor, *, period: int, passthrough: int) -> Tensor:
+        model = self.context.model
+        modes = {"rotary_1d": "1d", "rotary_2d": "2d"}
+        return self.context.ops.rotary(
+            x,
+            bias,
+            positions,
+            period=period,
+            passthrough=passthrough,
+            rotary_dim=round(self.context.head_dim * model.rotary_fraction),
+            mode=modes.get(model.positions, "none"),
+            interleaved=model.rotary_interleaved,
+            base=model.rotary_base,
+            fp16_angles=model.rotary_fp16_angles,
+        )
+
+
+class FeedForward(nn.Module):
+    """W2 (x1 * act(x2)) with [x1; x2] = W1 x + b1, or W2 act(W1 x + b1) where it is not gated."""
+
+    def __init__(self, context: Context, layer: int) -> None:
+        super().__init__()
+        self.context = context
+        model, halves = context.model, 2 if context.gated else 1
+        name, inner, has_bias = f"layers.{layer}.mlp", model.ffn_hidden_size, model.bias == "all"
+        first = (halves * inner, model.hidden_size)
+        self.first_weight = context.matrix(
+            context.cut(f"{name}.dense_h_to_4h.weight", first, 0, halves=halves),
+            context.std(model.hidden_size, first[0], branch=True),
+        )
+        self.first_bias = context.vector(
+            context.cut(f"{name}.dense_h_to_4h.bias", first[:1], 0, halves=halves), wanted=has_bias
+        )
+        second = (model.hidden_size, inner)
+        self.second_weight = context.matrix(
+            context.cut(f"{name}.dense_4h_to_h.weight", second, 1), context.output_std(inner, model.hidden_size)
+        )
+        self.second_bias = context.vector(Layout(f"{name}.dense_4h_to_h.bias", second[:1]), wanted=has_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B,S,H] -> the second product [B,S,H], its bias not yet added."""
+        group = self.context.mesh.tensor_group
+        inner = column_parallel(x, self.first_weight, group)
+        inner = self.context.ops.bias_activation(inner, self.first_bias, kind=self.context.model.activation)
+        return row_parallel(inner, self.second_weight, group)
+
+
+class Layer(nn.Module):
+    """What the two placements share: the branches, their dropout, and recomputation."""
+
+    def __init__(self, context: Context, index: int) -> None:
+        super().__init__()
+        self.context, self.index = context, index
+        self.attention = Attention(context, index)
+        self.ffn = FeedForward(context, index)
+        self.post_norm = Norm(context, f"layers.{index}.post_attention_norm")
+
+    def forward(self, state: State) -> State:
+        """One layer on (hidden [B,S,H], meta, sample_index)."""
+        hidden, meta, sample_index = state
+        if self.context.recompute and self.training and torch.is_grad_enabled():
+            # Addressed dropout repeats itself, so there is no generator state to save.
+            hidden = checkpoint(self.run, hidden, meta, sample_index, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = self.run(hidden, meta, sample_index)
+        return hidden, meta, sample_index
+
+    def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
+        """The layer's maths, [B,S,H] -> [B,S,H]."""
+        raise NotImplementedError("PostNormLayer and PreNormLayer define it")
+
+    def _drop(self, site: str, sample_index: Tensor) -> "object | None":
+        return self.context.dropout(self, self.context.model.hidden_dropout, self.index, site, sample_index)
+
+
+class PostNormLayer(Layer):
+    """deepnorm and post: takes the normalised input a, returns the next layer's.
+
+    h = alpha * a + drop(attention(a) + b);  m = norm(h);  x = alpha * m + drop(ffn(m) + b);  next a = norm(x)
+    """
+
+    def __init__(self, context: Context, index: int) -> None:
+        super().__init__(context, index)
+        last = index == context.model.num_layers - 1
+        self.next_norm = Norm(context, "final_norm" if last else f"layers.{index + 1}.input_norm")
+
+    def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
+        alpha = self.context.residual_scale
+        branch = self.attention(hidden, meta, sample_index)
+        middle = self.post_norm.after(
+            hidden,
+            branch,
+            self.attention.dense_bias,
+            alpha=alpha,
+            dropout=self._drop("attention_output", sample_index),
+        )
+        branch = self.ffn(middle)
+        return self.next_norm.after(
+            middle, branch, self.ffn.second_bias, alpha=alpha, dropout=self._drop("ffn", sample_index)
+        )
+
+
+class PreNormLayer(Layer):
+    """pre and sandwich: the raw stream flows; each branch reads a norm of it.
+
+    x = x + drop(attention(norm(x)) + b);  x = x + drop(ffn(norm(x)) + b). sandwich puts another norm on each branch's
+    output before it is added (CogView, arXiv 2105.13290).
+    """
+
+    def __init__(self, context: Context, index: int) -> None:
+        super().__init__(context, index)
+        self.input_norm = Norm(context, f"layers.{index}.input_norm")
+        sandwich = context.model.norm_placement == "sandwich"
+        self.attention_norm = Norm(context, f"layers.{index}.attention_output_norm") if sandwich else None
+        self.ffn_norm = Norm(context, f"layers.{index}.mlp_output_norm") if sandwich else None
+
+    def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
+        branch, bias = self.attention(self.input_norm(hidden), meta, sample_index), self.attention.dense_bias
+        branch, bias = _normed(self.attention_norm, branch, bias)
+        middle, hidden = self.post_norm.after(
+            hidden, branch, bias, dropout=self._drop("attention_output", sample_index), return_sum=True
+        )
+        branch, bias = _normed(self.ffn_norm, self.ffn(middle), self.ffn.second_bias)
+        return _add(hidden, branch, bias, self._drop("ffn", sample_index))
+
+
+def _normed(norm: Norm | None, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if norm is None:
+        return branch, bias
+    return norm(branch if bias is None else branch + bias), None
+
+
+def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, dropout: "object | None") -> Tensor:
+    from kernels.random import drop_hidden
+
+    branch = branch if bias is None else branch + bias
+    return stream + drop_hidden(branch, dropout)  # type: ignore[arg-type]
