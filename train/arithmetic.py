@@ -105,7 +105,7 @@ def norm_parameters(model: ModelConfig) -> int:
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Parameters that a token is multiplied with: every matrix and the head. The embedding lookup multiplies nothing."""
+    """Parameters that a token is multiplied with: every matrix and the head; a lookup multiplies nothing."""
     layer = layer_parameters(model)
     return (layer.attention + layer.ffn) * model.num_layers + model.padded_vocab_size * model.hidden_size
 
@@ -202,7 +202,7 @@ _PEAKS: list[tuple[frozenset[str], frozenset[str], dict[str, float]]] = [
     (frozenset({"h200"}), frozenset(), {"fp16": 989, "bf16": 989, "fp32": 67}),
     (frozenset({"h100", "nvl"}), frozenset(), {"fp16": 835, "bf16": 835, "fp32": 60}),
     (frozenset({"h100", "pcie"}), frozenset(), {"fp16": 756, "bf16": 756, "fp32": 51}),
-    (frozenset({"h100"}), frozenset(), {"fp16": 989, "bf16": 989, "fp32": 67}),
+    (frozenset({"h100"}), frozenset({"64gb", "96gb"}), {"fp16": 989, "bf16": 989, "fp32": 67}),
     (frozenset({"h800", "pcie"}), frozenset(), {"fp16": 756, "bf16": 756, "fp32": 51}),
     (frozenset({"h800"}), frozenset(), {"fp16": 989, "bf16": 989, "fp32": 67}),
     (frozenset({"h20"}), frozenset(), {"fp16": 148, "bf16": 148, "fp32": 44}),
@@ -233,7 +233,6 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     variant gives None, and the caller says once that MFU is not known.
     """
     words = frozenset(re.split(r"[^a-z0-9]+", device_name.lower()))
-    # "A100-PCIE-40GB" and "a100_40g" are one word a part; "Tesla V100-SXM2-32GB" too.
     if words & _PARTS:
         return None
     for needed, forbidden, peaks in _PEAKS:
