@@ -1,0 +1,30 @@
+"""The `kernels` node of the config: which implementation of each operation a run uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class KernelsConfig:
+    """One value an operation: `auto` (the fastest that has what the run needs), `reference` (readable PyTorch, every
+    feature, every device), `compile` (the reference under torch.compile), `triton` (this project's kernels, CUDA)."""
+
+    residual_norm: str = "auto"
+    """Residual, bias, dropout and norm: auto | reference | compile | triton."""
+
+    bias_activation: str = "auto"
+    """Bias and GeGLU, SwiGLU or GELU: auto | reference | compile | triton."""
+
+    rotary: str = "auto"
+    """Bias and rotary positions on the packed heads: auto | reference | compile | triton."""
+
+    interval_attention: str = "auto"
+    """auto | reference | compile | triton | sdpa | flex | decomposed | unfused. Only `unfused` can run the softmax in
+    half precision or with PB-Relax; it, `reference` and `sdpa` build a mask of sequence_length² elements."""
+
+    linear_cross_entropy: str = "auto"
+    """Head and cross entropy: auto | reference | compile | triton."""
+
+    embedding: str = "auto"
+    """Token embedding with gradient shrink: auto | reference | compile."""
