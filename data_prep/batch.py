@@ -62,7 +62,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one forward pass. A target counts where loss_weight > 0; elsewhere it repeats the input token."""
+    """Samples of one forward pass. A target counts where loss_weight > 0; elsewhere it is 0."""
 
     tokens: Tensor
     """int64 [B, S]"""
@@ -84,12 +84,15 @@ class Batch:
     @staticmethod
     def from_samples(samples: Sequence[Sample]) -> "Batch":
         """Stack samples of equal length."""
-        columns = list(zip(*samples, strict=True))
-        stacked = [torch.from_numpy(np.stack(column)) for column in columns[:6]]
         return Batch(
-            *stacked,
-            group=torch.tensor(columns[6], dtype=torch.uint8),
-            sample_index=torch.tensor(columns[7], dtype=torch.int64),
+            tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
+            targets=torch.from_numpy(np.stack([sample.targets for sample in samples])),
+            loss_weight=torch.from_numpy(np.stack([sample.loss_weight for sample in samples])),
+            positions=torch.from_numpy(np.stack([sample.positions for sample in samples])),
+            attend_from=torch.from_numpy(np.stack([sample.attend_from for sample in samples])),
+            attend_to=torch.from_numpy(np.stack([sample.attend_to for sample in samples])),
+            group=torch.tensor([sample.group for sample in samples], dtype=torch.uint8),
+            sample_index=torch.tensor([sample.sample_index for sample in samples], dtype=torch.int64),
         )
 
     @property

@@ -19,7 +19,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_prep.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DATA, EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, Stopped
+from data_prep.errors import (
+    EXIT_CONFIG,
+    EXIT_CRASH,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    ConfigError,
+    DataError,
+    Stopped,
+)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 

@@ -53,7 +53,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _choice("data.sampling.objective", self.objective, OBJECTIVES)
         _choice("data.sampling.positions", self.positions, POSITIONS)
-        for name in ("gmask_share", "mask_share", "sentence_share", "single_span_probability", "short_text_probability"):
+        for name in ("gmask_share", "mask_share", "sentence_share"):
+            _within(f"data.sampling.{name}", getattr(self, name), 0.0, 1.0)
+        for name in ("single_span_probability", "short_text_probability"):
             _within(f"data.sampling.{name}", getattr(self, name), 0.0, 1.0)
         _within("data.sampling.mask_ratio", self.mask_ratio, 0.01, 0.5)
         _within("data.sampling.min_gmask_ratio", self.min_gmask_ratio, 0.0, 1.0)
@@ -75,7 +77,7 @@ class DataConfig:
     path: str = MISSING
     """Dataset folder: written by data_prep, read by the trainer."""
     sources: list[Any] = field(default_factory=list)
-    """Files, globs, `bundled:NAME` or `hub:OWNER/NAME`; or {path or hub, name, lang, licence, weight, text_field, split}."""
+    """Files, globs, `bundled:NAME` or `hub:OWNER/NAME`; or an entry {path, name, lang, licence, weight, text_field}."""
     text_field: str = "text"
     """Field or column that holds a document's text."""
     lang_field: str = "lang"
@@ -127,7 +129,7 @@ class TokenizerConfig:
     path: str | None = None
     """SentencePiece model file (or a dataset's tokenizer folder) to use instead of training one."""
     vocab_size: int = 8000
-    """Pieces to train, the 257 of bytes and unknown included; special tokens come after them. Small text gives fewer."""
+    """Pieces to train, bytes and the unknown included; special tokens come after them. Small text gives fewer."""
     character_coverage: float = 0.9995
     """Part of the text's characters that get a piece of their own, the others become bytes; lowered where these
     characters would take more than half of the pieces."""

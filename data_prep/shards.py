@@ -1,0 +1,149 @@
+"""Token shards in the indexed format of Megatron-style trainers: `NAME.bin` holds tokens, `NAME.idx` tells them apart.
+
+Layout of the index, little-endian: magic `MMIDIDX\\0\\0`, version 1 (uint64), token type (uint8), sequences (uint64),
+documents + 1 (uint64), tokens of each sequence (int32), byte offset of each sequence (int64), first sequence of each
+document (int64). Here a document is one sequence and ends with eod.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import DataError
+from data_prep.files import atomic_write, sync_folder, write_error
+
+MAGIC = b"MMIDIDX\x00\x00"
+DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+"""Token types by their code in the index."""
+
+
+def token_dtype(vocab_size: int) -> type[np.generic]:
+    """Smallest type that other readers of this format expect: uint16 where ids fit, else int32."""
+    return np.uint16 if vocab_size < 65_500 else np.int32
+
+
+class ShardWriter:
+    """Writes one shard, document by document; nothing appears under its name before `close`."""
+
+    def __init__(self, prefix: str | Path, dtype: type[np.generic]) -> None:
+        """prefix: path without `.bin`."""
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype)
+        self.sizes: list[int] = []
+        self.tokens = 0
+        self._temporary = self.prefix.with_name(f".{self.prefix.name}.bin.{os.getpid()}.tmp")
+        try:
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by close or abort
+        except OSError as error:
+            raise write_error(self._temporary, error) from error
+
+    def add(self, tokens: Sequence[int] | NDArray[Any]) -> None:
+        """Append one document, its eod included. Raises DataError where the disk is full."""
+        array = np.asarray(tokens, dtype=self.dtype)
+        try:
+            self._file.write(array.tobytes())
+        except OSError as error:
+            raise write_error(self.path(".bin"), error) from error
+        self.sizes.append(len(array))
+        self.tokens += len(array)
+
+    def path(self, suffix: str) -> Path:
+        """Path of the `.bin` or the `.idx`."""
+        return self.prefix.with_name(self.prefix.name + suffix)
+
+    def close(self) -> None:
+        """Write the index and put both files in place."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path(".bin"))
+            sync_folder(self.prefix.parent)
+        except OSError as error:
+            raise write_error(self.path(".bin"), error) from error
+        sizes = np.asarray(self.sizes, dtype=np.int32)
+        starts = np.zeros(len(sizes), dtype=np.int64)
+        np.cumsum(sizes[:-1], out=starts[1:], dtype=np.int64)
+        code = next(code for code, dtype in DTYPES.items() if np.dtype(dtype) == self.dtype)
+        with atomic_write(self.path(".idx")) as file:
+            file.write(MAGIC + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1))
+            file.write(sizes.tobytes())
+            file.write((starts * self.dtype.itemsize).tobytes())
+            file.write(np.arange(len(sizes) + 1, dtype=np.int64).tobytes())
+
+    def abort(self) -> None:
+        """Give up and leave nothing behind."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class Shard:
+    """Reads one shard through a memory map. The map opens on first use, so a shard survives pickling and fork."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Raises DataError when the index or the size of the token file is wrong."""
+        self.prefix = str(prefix)
+        index = self.prefix + ".idx"
+        try:
+            with open(index, "rb") as file:
+                header = file.read(len(MAGIC) + struct.calcsize("<QBQQ"))
+            index_bytes = os.path.getsize(index)
+            bin_bytes = os.path.getsize(self.prefix + ".bin")
+        except OSError as error:
+            raise DataError(f"{error.filename or index}: cannot be read ({error.strerror})") from error
+        if len(header) < len(MAGIC) + struct.calcsize("<QBQQ") or not header.startswith(MAGIC):
+            raise DataError(f"{index}: not an index of a .bin/.idx shard (its first bytes are {header[:9]!r})")
+        version, code, self.sequences, document_marks = struct.unpack("<QBQQ", header[len(MAGIC) :])
+        if version != 1 or code not in DTYPES:
+            raise DataError(f"{index}: version {version} and token type {code} are unknown; version 1 is read here")
+        self.documents = document_marks - 1
+        self.dtype = np.dtype(DTYPES[code])
+        self._offset = len(header)
+        expected = self._offset + self.sequences * 12 + document_marks * 8
+        if index_bytes != expected:
+            raise DataError(f"{index}: {index_bytes} bytes instead of {expected}: truncated or damaged; prepare again")
+        self.tokens = bin_bytes // self.dtype.itemsize
+        self._map: NDArray[Any] | None = None
+        end = 0
+        if self.sequences:
+            sizes, pointers = self.sizes(), self.pointers()
+            end = int(pointers[-1]) + int(sizes[-1]) * self.dtype.itemsize
+        if bin_bytes != end:
+            raise DataError(
+                f"{self.prefix}.bin: {bin_bytes} bytes, but its index says {end}: truncated or damaged; prepare again"
+            )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_map": None}
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Tokens of each sequence, int32 [sequences]."""
+        return np.memmap(self.prefix + ".idx", np.int32, "r", self._offset, (self.sequences,))
+
+    def pointers(self) -> NDArray[np.int64]:
+        """Byte offset of each sequence in the `.bin`, int64 [sequences]."""
+        return np.memmap(self.prefix + ".idx", np.int64, "r", self._offset + 4 * self.sequences, (self.sequences,))
+
+    def read(self, start: int, length: int) -> NDArray[np.int64]:
+        """Tokens `start` … `start + length`, int64 [length], across document ends."""
+        if self._map is None:
+            # A plain view: slicing numpy's memmap class costs several microseconds a read.
+            self._map = np.memmap(self.prefix + ".bin", self.dtype, "r").view(np.ndarray)
+        return self._map[start : start + length].astype(np.int64)
+
+    def document(self, number: int) -> NDArray[np.int64]:
+        """All tokens of a sequence, its eod included."""
+        return self.read(int(self.pointers()[number]) // self.dtype.itemsize, int(self.sizes()[number]))
