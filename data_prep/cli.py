@@ -6,7 +6,10 @@ Hydra's own grammar stumbles over Chinese, spaces and brackets in values. The ke
 text, never groups, so their values are quoted here before Hydra parses them.
 """
 
+import dataclasses
+import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +20,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data_prep.errors import (
     EXIT_CONFIG,
@@ -73,7 +76,7 @@ def run(
     try:
         hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(body)()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        return _say(program, EXIT_CONFIG, error)
+        return _say(program, EXIT_CONFIG, error, schema)
     except DataError as error:
         return _say(program, EXIT_DATA, error)
     except Stopped as stop:
@@ -90,7 +93,9 @@ def run(
     return max(status, default=EXIT_DONE)
 
 
-def compose(config_name: str, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
+def compose(
+    config_name: str, schema: type[Schema], overrides: Sequence[str] = (), aliases: Mapping[str, str] | None = None
+) -> Schema:
     """The validated config of `configs/<config_name>.yaml` with `overrides`, without running anything.
 
     Raises ConfigError for an unknown key, a wrong type or a broken rule.
@@ -98,9 +103,9 @@ def compose(config_name: str, schema: type[Schema], overrides: Sequence[str] = (
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     try:
         with hydra.initialize_config_dir(version_base=None, config_dir=str(CONFIG_DIR)):
-            return to_object(hydra.compose(config_name, overrides=quote_values(overrides)), schema)
+            return to_object(hydra.compose(config_name, overrides=quote_values(overrides, aliases or {})), schema)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_one_line(error, schema)) from error
 
 
 def to_object(composed: DictConfig, schema: type[Schema]) -> Schema:
@@ -117,6 +122,8 @@ def quote_values(words: Sequence[str], aliases: Mapping[str, str] | None = None)
     result = []
     for word in words:
         key, equals, value = word.partition("=")
+        if key == "+experiment":
+            key = "experiment"  # it stands in the defaults list, so that both spellings work
         bare = key.lstrip("+~")
         for alias, name in (aliases or {}).items():
             if bare.startswith(alias):
@@ -159,21 +166,36 @@ def _split(inner: str) -> list[str]:
     return [item for item in items if item.strip()]
 
 
-def _say(program: str, status: int, error: BaseException) -> int:
-    print(f"{program}: {_one_line(error)}", file=sys.stderr, flush=True)
+def _say(program: str, status: int, error: BaseException, schema: type[Any] | None = None) -> int:
+    print(f"{program}: {_one_line(error, schema)}", file=sys.stderr, flush=True)
     return status
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, schema: type[Any] | None = None) -> str:
     """Hydra and OmegaConf spread a message over lines and end with type noise; the useful part on one line."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+        error = error.__cause__ if "Could not override" not in str(error) else error
+    lines = [line.strip() for line in str(error).partition("Config search path")[0].splitlines()]
     useful = [line for line in lines if line and not line.startswith(("reference_type=", "object_type=", "set_struct"))]
-    text = " ".join(useful)
-    full_key = next((line.removeprefix("full_key: ") for line in useful if line.startswith("full_key: ")), None)
-    if full_key is not None:
-        text = text.replace(f"full_key: {full_key}", "").strip()
-        text = text if full_key in text else f"{full_key}: {text}"
-    return text or type(error).__name__
+    key = next((line.removeprefix("full_key: ") for line in useful if line.startswith("full_key: ")), "")
+    text = " ".join(line for line in useful if not line.startswith("full_key: "))
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is not set; give {key}=…"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown[1], _keys(schema) if schema else [], n=3, cutoff=0.6)
+        return f"{unknown[1]} is not a known key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    return (text if not key or key in text else f"{key}: {text}") or type(error).__name__
+
+
+def _keys(schema: type[Any], prefix: str = "") -> list[str]:
+    """Dotted names of all fields of nested dataclasses."""
+    names = []
+    for item in dataclasses.fields(schema):
+        names.append(prefix + item.name)
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            names += _keys(item.type, f"{prefix}{item.name}.")
+    return names
 
 
 def as_yaml(config: Any) -> str:

@@ -290,7 +290,9 @@ class Config:
     global_batch_size: int = MISSING
     """Sequences a step, over all ranks and micro-batches."""
     max_steps: int | None = None
-    """Stop after this step; null stops when schedule.decay_samples are consumed."""
+    """Stop after this step; null leaves the end to max_samples."""
+    max_samples: int | None = None
+    """Stop when so many samples are consumed; null means schedule.decay_samples."""
     initialize_from: str | None = None
     """Checkpoint whose weights start this run; step, data position and optimizer start anew."""
 

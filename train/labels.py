@@ -44,7 +44,4 @@ class Labels:
 
 def inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """What the first stage needs: tokens int64 [B,S], meta int64 [B,4,S], sample_index int64 [B]."""
-    meta = torch.cat(
-        [batch.positions.long(), batch.attend_from.long()[:, None], batch.attend_to.long()[:, None]], dim=1
-    )
-    return batch.tokens, meta, batch.sample_index
+    return batch.tokens, batch.meta(), batch.sample_index

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.random import Dropout, drop_hidden
 from train.model.context import Context, Norm, State, intervals
 from train.model.parameters import Layout
 from train.model.tensor_parallel import column_parallel, copy_to_ranks, row_parallel
@@ -196,7 +197,7 @@ class Layer(nn.Module):
         """The layer's maths, [B,S,H] -> [B,S,H]."""
         raise NotImplementedError("PostNormLayer and PreNormLayer define it")
 
-    def _drop(self, site: str, sample_index: Tensor) -> "object | None":
+    def _drop(self, site: str, sample_index: Tensor) -> Dropout | None:
         return self.context.dropout(self, self.context.model.hidden_dropout, self.index, site, sample_index)
 
 
@@ -257,8 +258,6 @@ def _normed(norm: Norm | None, branch: Tensor, bias: Tensor | None) -> tuple[Ten
     return norm(branch if bias is None else branch + bias), None
 
 
-def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, dropout: "object | None") -> Tensor:
-    from kernels.random import drop_hidden
-
+def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, dropout: Dropout | None) -> Tensor:
     branch = branch if bias is None else branch + bias
-    return stream + drop_hidden(branch, dropout)  # type: ignore[arg-type]
+    return stream + drop_hidden(branch, dropout)

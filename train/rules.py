@@ -1,0 +1,180 @@
+"""Rules between keys, checked before any process group starts. Every message names the key and what would be right."""
+
+import math
+
+from data_prep.errors import ConfigError
+from train.config import CHOICES, Config, ModelConfig, get
+
+
+def check(config: Config, *, world_size: int | None = None) -> None:
+    """Raise ConfigError for the first broken rule.
+
+    world_size: number of ranks, when known; without it the rules that need it are left out.
+    """
+    for key, words in CHOICES.items():
+        if get(config, key) not in words:
+            raise ConfigError(f"{key}={get(config, key)!r} is not known; use one of {', '.join(words)}")
+    _model(config.model)
+    _parallel(config)
+    _batch(config)
+    _numbers(config)
+    if world_size is not None:
+        check_world(config, world_size)
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Rules that hold for a number of ranks; raises ConfigError."""
+    parallel = config.parallel
+    shard = parallel.tensor_parallel * parallel.pipeline_parallel
+    if world_size % shard:
+        raise ConfigError(
+            f"parallel.tensor_parallel={parallel.tensor_parallel} x parallel.pipeline_parallel="
+            f"{parallel.pipeline_parallel} = {shard} does not divide the {world_size} ranks; start a multiple of {shard}"
+        )
+    unit = config.micro_batch_size * (world_size // shard)
+    sizes = {"global_batch_size": config.global_batch_size}
+    if config.schedule.rampup_start is not None:
+        sizes["schedule.rampup_start"] = config.schedule.rampup_start
+        sizes["schedule.rampup_increment"] = config.schedule.rampup_increment
+    for key, size in sizes.items():
+        if size % unit:
+            raise ConfigError(
+                f"{key}={size} is not micro_batch_size={config.micro_batch_size} x accumulation x data_parallel="
+                f"{world_size // shard}; use a multiple of {unit}, such as {math.ceil(size / unit) * unit}"
+            )
+    if parallel.zero_stage == 0 and config.precision.dtype != "fp32":
+        raise ConfigError(
+            f"parallel.zero_stage=0 with precision.dtype={config.precision.dtype}: DeepSpeed's half-precision optimizer "
+            "without ZeRO is subtly wrong; use parallel.zero_stage=1"
+        )
+
+
+def divisors(number: int, limit: int = 1024) -> list[int]:
+    """Divisors of a number up to a limit, for error messages."""
+    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
+
+
+def _model(model: ModelConfig) -> None:
+    for name in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "padded_vocab_size", "max_positions"):
+        if getattr(model, name) < 1:
+            raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 1")
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} does not divide by model.num_heads={model.num_heads}; "
+            f"use one of {divisors(model.hidden_size)} heads or set model.head_dim"
+        )
+    kv_heads = model.num_kv_heads or model.num_heads
+    if model.num_heads % kv_heads:
+        raise ConfigError(
+            f"model.num_kv_heads={kv_heads} does not divide model.num_heads={model.num_heads}; "
+            f"use one of {divisors(model.num_heads)}"
+        )
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    if model.positions.startswith("rotary"):
+        rotated = head_dim * model.rotary_fraction
+        unit = 4 if model.positions == "rotary_2d" else 2
+        if not 0 < model.rotary_fraction <= 1 or rotated % unit:
+            raise ConfigError(
+                f"model.rotary_fraction={model.rotary_fraction} of {head_dim} dims is {rotated:g}; "
+                f"model.positions={model.positions} needs a multiple of {unit}, at most {head_dim}"
+            )
+    for name in ("hidden_dropout", "attention_dropout"):
+        if not 0 <= getattr(model, name) < 1:
+            raise ConfigError(f"model.{name}={getattr(model, name)} must lie in [0, 1)")
+
+
+def _parallel(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    tensor = parallel.tensor_parallel
+    for key, size in (("tensor_parallel", tensor), ("pipeline_parallel", parallel.pipeline_parallel)):
+        if size < 1:
+            raise ConfigError(f"parallel.{key}={size} must be at least 1")
+    divided = {
+        "model.num_heads": model.num_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.padded_vocab_size": model.padded_vocab_size,
+    }
+    for key, size in divided.items():
+        if size % tensor:
+            raise ConfigError(
+                f"{key}={size} does not divide by parallel.tensor_parallel={tensor}; use one of {divisors(size, 64)}"
+            )
+    if parallel.pipeline_parallel > model.num_layers + 2:
+        raise ConfigError(
+            f"parallel.pipeline_parallel={parallel.pipeline_parallel} is more than model.num_layers={model.num_layers} "
+            "plus embedding and head can fill"
+        )
+    if parallel.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"parallel.zero_stage={parallel.zero_stage}; use 0, 1, 2 or 3")
+    if parallel.zero_stage > 1 and parallel.pipeline_parallel > 1:
+        raise ConfigError(
+            f"parallel.zero_stage={parallel.zero_stage} needs one stage, but parallel.pipeline_parallel="
+            f"{parallel.pipeline_parallel}; use parallel.zero_stage=1 or parallel.pipeline_parallel=1"
+        )
+
+
+def _batch(config: Config) -> None:
+    model, sampling = config.model, config.data.sampling
+    if config.sequence_length < 16:
+        raise ConfigError(f"sequence_length={config.sequence_length} is too short for a blank; use at least 16")
+    if config.sequence_length > model.max_positions:
+        raise ConfigError(
+            f"sequence_length={config.sequence_length} is more than model.max_positions={model.max_positions}"
+        )
+    wanted = "2d" if model.positions in ("rotary_2d", "learned_2d") else "1d"
+    if model.positions != "none" and sampling.positions != wanted:
+        raise ConfigError(
+            f"data.sampling.positions={sampling.positions} does not fit model.positions={model.positions}; "
+            f"use data.sampling.positions={wanted}"
+        )
+    for key in ("micro_batch_size", "global_batch_size"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"{key}={getattr(config, key)} must be at least 1")
+    schedule = config.schedule
+    if schedule.rampup_start is not None:
+        grow = config.global_batch_size - schedule.rampup_start
+        if grow < 0 or schedule.rampup_increment < 1 or grow % schedule.rampup_increment:
+            raise ConfigError(
+                f"schedule.rampup_increment={schedule.rampup_increment} must lead from schedule.rampup_start="
+                f"{schedule.rampup_start} to global_batch_size={config.global_batch_size} in whole steps"
+            )
+    if sampling.objective == "blank_infilling" and config.tokenizer.vocab_size + 8 > model.padded_vocab_size:
+        raise ConfigError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} and 8 special tokens do not fit "
+            f"model.padded_vocab_size={model.padded_vocab_size}"
+        )
+
+
+def _numbers(config: Config) -> None:
+    optimizer, schedule, stability = config.optimizer, config.schedule, config.stability
+    positive = {
+        "optimizer.lr": optimizer.lr,
+        "optimizer.eps": optimizer.eps,
+        "schedule.decay_samples": schedule.decay_samples,
+        "logging.every_steps": config.logging.every_steps,
+        "saving.keep_last": config.saving.keep_last,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{key}={value} must be more than 0")
+    for key in ("saving.every_steps", "saving.keep_every", "evaluation.every_steps", "optimizer.clip"):
+        if get(config, key) < 0:
+            raise ConfigError(f"{key}={get(config, key)} must not be negative; 0 switches it off")
+    if schedule.warmup_samples > schedule.decay_samples:
+        raise ConfigError(
+            f"schedule.warmup_samples={schedule.warmup_samples} is more than "
+            f"schedule.decay_samples={schedule.decay_samples}"
+        )
+    if config.max_steps is not None and config.max_steps < 1:
+        raise ConfigError(f"max_steps={config.max_steps} must be at least 1")
+    for pair in stability.embedding_gradient_shrink_schedule:
+        if len(pair) != 2:
+            raise ConfigError(
+                f"stability.embedding_gradient_shrink_schedule holds {pair}; each entry is [consumed_samples, alpha]"
+            )
+    if stability.shrink_head and not config.model.tied_embeddings:
+        raise ConfigError("stability.shrink_head=true needs model.tied_embeddings=true")
+    if stability.softmax == "half" and config.precision.dtype == "fp32":
+        raise ConfigError("stability.softmax=half has no meaning with precision.dtype=fp32; use fp16 or bf16")
+    if config.cluster.launcher == "local" and config.cluster.nodes != 1:
+        raise ConfigError(f"cluster.nodes={config.cluster.nodes} needs another launcher than cluster.launcher=local")
