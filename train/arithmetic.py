@@ -19,6 +19,8 @@ from train.config import ModelConfig, ParallelConfig
 
 GATED = ("geglu", "swiglu")
 """Activations whose first FFN matrix has two halves."""
+POST_NORM = ("deepnorm", "post")
+"""Placements whose first norm follows the embedding; the others end with one before the head."""
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -66,15 +68,23 @@ class Parameters:
 def parameters(model: ModelConfig) -> Parameters:
     """The whole model's parameters by kind; a tied embedding counts once."""
     layers = layer_parameters(model).times(model.num_layers)
-    head = 0 if model.tied_embeddings else model.padded_vocab_size * model.hidden_size
-    return embedding_parameters(model) + layers + Parameters(head=head)
+    return embedding_parameters(model) + layers + head_parameters(model, own_matrix=not model.tied_embeddings)
 
 
 def embedding_parameters(model: ModelConfig, tensor_parallel: int = 1) -> Parameters:
-    """One rank's part of the embedding stage: the tables, and the first norm."""
-    positions = 2 * model.max_positions * model.hidden_size if model.positions == "learned_2d" else 0
+    """One rank's part of the embedding: the tables, and the first norm of post-norm models."""
+    # Learned tables have one row more than positions: blocks are numbered from 1 and the context takes 0.
+    positions = 2 * (model.max_positions + 1) * model.hidden_size if model.positions == "learned_2d" else 0
     rows = _divide(model.padded_vocab_size, tensor_parallel)
-    return Parameters(embedding=rows * model.hidden_size, positions=positions, norms=norm_parameters(model))
+    norms = norm_parameters(model) if model.norm_placement in POST_NORM else 0
+    return Parameters(embedding=rows * model.hidden_size, positions=positions, norms=norms)
+
+
+def head_parameters(model: ModelConfig, tensor_parallel: int = 1, *, own_matrix: bool) -> Parameters:
+    """One rank's part of the head: the final norm of pre-norm models, and the matrix unless it is the embedding's."""
+    rows = _divide(model.padded_vocab_size, tensor_parallel)
+    norms = 0 if model.norm_placement in POST_NORM else norm_parameters(model)
+    return Parameters(head=rows * model.hidden_size if own_matrix else 0, norms=norms)
 
 
 def layer_parameters(model: ModelConfig, tensor_parallel: int = 1) -> Parameters:
@@ -175,8 +185,8 @@ def stage_parameters(model: ModelConfig, pipeline_parallel: int, tensor_parallel
     layer = layer_parameters(model, tensor_parallel).total
     held = [count * layer for count in layers_per_stage(model.num_layers, pipeline_parallel)]
     held[0] += embedding_parameters(model, tensor_parallel).total
-    if pipeline_parallel > 1 or not model.tied_embeddings:
-        held[-1] += _divide(model.padded_vocab_size, tensor_parallel) * model.hidden_size
+    own_matrix = pipeline_parallel > 1 or not model.tied_embeddings
+    held[-1] += head_parameters(model, tensor_parallel, own_matrix=own_matrix).total
     return held
 
 

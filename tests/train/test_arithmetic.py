@@ -85,7 +85,7 @@ def test_the_relatives_have_their_published_counts():
     # ChatGLM-6B is published as 6.2 B: 6,173,286,400 without the output matrix, which the checkpoint holds apart.
     assert parameters(replace(CHATGLM_6B, tied_embeddings=True)).total == 6_173_286_400
     assert parameters(CHATGLM_6B).head == 130_528 * 4096
-    assert parameters(GLM_10B).total == 48 * 201_379_840 + 2 * 4096 + 50_304 * 4096 + 2 * 1024 * 4096
+    assert parameters(GLM_10B).total == 48 * 201_379_840 + 2 * 4096 + 50_304 * 4096 + 2 * 1025 * 4096
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_relatives_have_their_published_counts():
         ({"activation": "geglu"}, 28 * (4096 * 16384 + 16384)),
         ({"num_kv_heads": 1}, -28 * 2 * 31 * 128 * 4097),
         ({"head_dim": 64}, -28 * (4 * 2048 * 4096 + 3 * 2048)),
-        ({"positions": "learned_2d"}, 2 * 2048 * 4096),
+        ({"positions": "learned_2d"}, 2 * 2049 * 4096),
     ],
 )
 def test_each_choice_changes_the_count_by_what_it_adds(change, difference):
@@ -172,6 +172,48 @@ def test_two_kv_heads_on_four_ranks_are_repeated():
     four = sum(stage_parameters(replace(CHATGLM2_6B, num_kv_heads=4), 1, 4))
     assert sum(stage_parameters(CHATGLM2_6B, 1, 4)) == four
     assert two > four
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"norm_placement": "pre", "tied_embeddings": False, "bias": "qkv", "num_kv_heads": 2, "norm": "rmsnorm"},
+        {"norm_placement": "sandwich", "activation": "gelu", "positions": "learned_2d"},
+        {"norm_placement": "post", "bias": "none", "num_kv_heads": 1, "head_dim": 16},
+    ],
+)
+def test_the_built_model_has_as_many_parameters(change):
+    torch = pytest.importorskip("torch")
+    from train.config import Config
+    from train.mesh import Mesh
+    from train.model.build import Model, named_layouts
+
+    tiny = ModelConfig(
+        name="test",
+        num_layers=3,
+        hidden_size=32,
+        num_heads=4,
+        ffn_hidden_size=48,
+        padded_vocab_size=64,
+        max_positions=16,
+    )
+    model = replace(tiny, **change)
+    built = Model(Config(model=model, sequence_length=16), Mesh.single(), torch.float32)
+    counted = sum(parameter.numel() for _, parameter in named_layouts(built.parameters()))
+    assert parameters(model).total == counted
+
+
+def test_stages_are_cut_where_the_model_cuts_them():
+    from train.model.build import stage_bounds
+
+    for layers in range(2, 30):
+        for stages in range(1, layers + 3):
+            bounds = stage_bounds(layers, stages)
+            sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+            sizes[0] -= 1
+            sizes[-1] -= 1
+            assert layers_per_stage(layers, stages) == sizes
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
