@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -210,7 +211,7 @@ def test_stages_are_cut_where_the_model_cuts_them():
     for layers in range(2, 30):
         for stages in range(1, layers + 3):
             bounds = stage_bounds(layers, stages)
-            sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+            sizes = [stop - start for start, stop in pairwise(bounds)]
             sizes[0] -= 1
             sizes[-1] -= 1
             assert layers_per_stage(layers, stages) == sizes
