@@ -1,0 +1,142 @@
+"""Laying out a sample: tokens, targets, positions and intervals of one sequence, from a text and what it hides.
+
+A segment is a context (with its mask tokens) that sees all of itself, then a generation that sees the context and what
+was generated before it. So each query's keys are one interval: [segment's first slot, end of the context) in the
+context, [segment's first slot, own slot + 1) in the generation.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.spans import Spans
+from data_prep.tokenizer import Tokenizer
+
+
+@dataclass
+class Layout:
+    """One sequence under construction; every slot is padding that sees itself until it is filled."""
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    is_target: NDArray[np.bool_]
+    positions: NDArray[np.int32]
+    attend_from: NDArray[np.int32]
+    attend_to: NDArray[np.int32]
+    used: int = 0
+    """Slots filled so far."""
+
+    @staticmethod
+    def empty(slots: int, padding: int) -> "Layout":
+        """A sequence of padding."""
+        slot = np.arange(slots, dtype=np.int32)
+        return Layout(
+            tokens=np.full(slots, padding, dtype=np.int64),
+            targets=np.zeros(slots, dtype=np.int64),
+            is_target=np.zeros(slots, dtype=np.bool_),
+            positions=np.zeros((2, slots), dtype=np.int32),
+            attend_from=slot,
+            attend_to=slot + 1,
+        )
+
+
+class Assembler:
+    """Fills layouts with the special tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, two_dimensional: bool) -> None:
+        """two_dimensional: whether positions are the place of the mask and the place inside the span."""
+        self.sop = tokenizer.sop
+        self.eop = tokenizer.eop
+        self.gmask = tokenizer.gmask
+        self.two_dimensional = two_dimensional
+
+    def prefix(self, layout: Layout, text: NDArray[np.int64], generated: int) -> None:
+        """Hide the last `generated` tokens of a text behind one [gMASK]; fills len(text) + 1 slots."""
+        first = layout.used
+        context = len(text) - generated
+        begin = first + context + 1  # slot of sop
+        end = begin + generated
+        layout.tokens[first : begin - 1] = text[:context]
+        layout.tokens[begin - 1] = self.gmask
+        layout.tokens[begin] = self.sop
+        layout.tokens[begin + 1 : end] = text[context:-1]
+        layout.targets[begin:end] = text[context:]
+        layout.is_target[begin:end] = True
+        layout.positions[0, first:end] = np.arange(end - first)
+        if self.two_dimensional:
+            layout.positions[0, begin:end] = context
+            layout.positions[1, begin:end] = np.arange(1, generated + 1)
+        layout.attend_from[first:end] = first
+        layout.attend_to[first:begin] = begin
+        layout.used = end
+
+    def causal(self, layout: Layout, text: NDArray[np.int64]) -> None:
+        """Predict a text from its start on; fills len(text) slots."""
+        first, end = layout.used, layout.used + len(text)
+        layout.tokens[first] = self.sop
+        layout.tokens[first + 1 : end] = text[:-1]
+        layout.targets[first:end] = text
+        layout.is_target[first:end] = True
+        layout.positions[0, first:end] = np.arange(len(text))
+        layout.attend_from[first:end] = first
+        layout.used = end
+
+    def blanks(
+        self,
+        layout: Layout,
+        text: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        spans: Spans,
+        masks: NDArray[np.int64],
+    ) -> None:
+        """Hide spans of several texts, a segment each; fills len(text) + 2 · spans slots.
+
+        text: int64 [T], the segments' texts end to end; sizes: int64 [J], tokens of each; masks: int64 [J], the token
+        that stands for a span in each segment.
+        """
+        count = np.bincount(spans.segment, minlength=len(sizes))
+        hidden = np.bincount(spans.segment, weights=spans.length, minlength=len(sizes)).astype(np.int64)
+        slots = sizes + 2 * count
+        context = sizes - hidden + count
+        first = layout.used + np.cumsum(slots) - slots
+        end = layout.used + int(slots.sum())
+
+        # Part A: the text with each span replaced by one mask token.
+        change = np.zeros(len(text) + 1, dtype=np.int8)
+        # Added, not set: the last span of a segment may end where the first of the next segment starts.
+        change[spans.start] += 1
+        change[spans.start + spans.length] -= 1
+        keep = change[:-1].cumsum(dtype=np.int8) == 0
+        corrupted = text.copy()
+        corrupted[spans.start] = masks[spans.segment]
+        keep[spans.start] = True
+        kept_from = np.cumsum(context) - context
+        place = np.arange(int(context.sum())) - np.repeat(kept_from, context)
+        slot_a = place + np.repeat(first, context)
+        layout.tokens[slot_a] = corrupted[keep]
+        layout.positions[0, slot_a] = place
+        layout.attend_from[layout.used : end] = np.repeat(first, slots)
+        layout.attend_to[slot_a] = np.repeat(first + context, context)
+
+        # Part B: the spans in their shuffled order, sop in front of the input, eop behind the target.
+        start, length, segment = (values[spans.order] for values in (spans.start, spans.length, spans.segment))
+        blocks = length + 1
+        total = int(blocks.sum())
+        block_from = np.cumsum(blocks) - blocks
+        inside = np.arange(total) - np.repeat(block_from, blocks)
+        generated_from = np.cumsum(hidden + count) - (hidden + count)
+        slot_b = np.arange(total) + np.repeat((first + context - generated_from)[segment], blocks)
+        source = np.repeat(start, blocks) + inside
+        inputs = text[source - 1]  # the first of each block is overwritten
+        inputs[block_from] = self.sop
+        targets = text[np.minimum(source, len(text) - 1)]
+        targets[block_from + length] = self.eop
+        layout.tokens[slot_b] = inputs
+        layout.targets[slot_b] = targets
+        layout.is_target[slot_b] = True
+        mask_place = keep.cumsum()[start] - 1 - kept_from[segment]
+        layout.positions[0, slot_b] = np.repeat(mask_place, blocks)
+        if self.two_dimensional:
+            layout.positions[1, slot_b] = inside + 1
+        layout.used = end

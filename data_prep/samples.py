@@ -1,0 +1,368 @@
+"""`sample(i)`: the i-th training sample as a pure function of the dataset, the seed, the data plan and i.
+
+The index decides the source (by quota tables), the row (by a computed permutation of the source, a new one each epoch)
+and the kind (by a quota table of the source); a counter-based generator keyed by seed and index decides what is hidden.
+Nothing depends on earlier calls, on workers or on ranks.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_prep.assemble import Assembler, Layout
+from data_prep.batch import CAUSAL, GMASK, KINDS, MASK, SMASK, Batch, Sample, group_of
+from data_prep.config import SamplingConfig
+from data_prep.dataset import Dataset, Stream
+from data_prep.errors import ConfigError, DataError
+from data_prep.order import DataPlan, Permutation, Schedule, mix
+from data_prep.spans import MILLION, SMALLEST_SEGMENT, SpanLaw, Spans, draw_sentences, sentences
+
+WEIGHTINGS = ("sequence", "token")
+_SMALLEST_SEQUENCE = 32
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a sample comes from."""
+
+    stream: Stream
+    epoch: int
+    """How often all rows of the stream were drawn before."""
+    row: int
+    kind: int
+
+
+@dataclass
+class _Phase:
+    """Samples from `first` on under one mixture."""
+
+    first: int
+    schedule: Schedule
+    drawn: list[int]
+    """Samples of each stream before this phase."""
+
+
+class Sampler:
+    """Samples of one split. Immutable; safe to fork and to pickle."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: SamplingConfig,
+        sequence_length: int,
+        *,
+        seed: int,
+        weighting: str = "sequence",
+        split: str = "train",
+        plan: DataPlan | None = None,
+    ) -> None:
+        """sequence_length: slots a sequence. weighting: `loss.weighting`, see `Sampler.sample`.
+
+        split: `train` mixes its sources by weight, endlessly; `valid` and `test` go through every row once an epoch,
+        with masks that depend on the seed and the index alone. plan: changes of mixture and skipped ranges.
+        Raises ConfigError for settings that do not fit, DataError when no source fills a row.
+        """
+        if sequence_length < _SMALLEST_SEQUENCE:
+            raise ConfigError(f"sequence_length={sequence_length} must be at least {_SMALLEST_SEQUENCE}")
+        if weighting not in WEIGHTINGS:
+            raise ConfigError(f"loss.weighting={weighting} must be one of {', '.join(WEIGHTINGS)}")
+        self.dataset = dataset
+        self.config = config
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.weighting = weighting
+        self.split = split
+        self.plan = plan or DataPlan()
+        self.law = SpanLaw(config)
+        every = dataset.streams(split, sequence_length)
+        self.streams = [stream for stream in every if stream.rows]
+        self.too_small = [stream.key for stream in every if not stream.rows]
+        """Streams that fill no row, and so are never sampled."""
+        if not self.streams:
+            raise DataError(
+                f"{dataset.folder}/{split}: no source has the {sequence_length - 1} tokens of one row; "
+                "use a smaller sequence_length, more text, or another data.split_shares"
+            )
+        if self.too_small:
+            _log.warning("%s: too few tokens for one row, left out: %s", split, ", ".join(self.too_small))
+        self.rows = sum(stream.rows for stream in self.streams)
+        """Rows in the split: samples in one epoch of a mixture in proportion to size."""
+        self._last_rows = np.cumsum([stream.rows for stream in self.streams])
+        self._assembler = Assembler(dataset.tokenizer, config.positions == "2d")
+        self._kinds = [
+            Schedule(self.kind_shares, config.mixture_period, mix(seed, 2, stream.hash)) for stream in self.streams
+        ]
+        self._phases = self._make_phases() if split == "train" else []
+        self._row_order: dict[tuple[int, int], Permutation] = {}
+        self._targets_a_sample = self.expected_targets if weighting == "token" else 0.0
+
+    @property
+    def kind_shares(self) -> list[float]:
+        """Share of each kind in `KINDS`' order."""
+        config = self.config
+        if config.objective == "causal":
+            return [0.0, 0.0, 0.0, 1.0]
+        return [
+            config.gmask_share,
+            config.mask_share * (1 - config.sentence_share),
+            config.mask_share * config.sentence_share,
+            0.0,
+        ]
+
+    def address(self, index: int) -> Address:
+        """Stream, epoch, row and kind of a sample."""
+        if index < 0:
+            raise IndexError(f"sample {index} is negative")
+        if self.split != "train":
+            epoch, place = divmod(index, self.rows)
+            row = self._permuted(len(self.streams), epoch, place, self.rows, 0)
+            number = int(np.searchsorted(self._last_rows, row, side="right"))
+            stream = self.streams[number]
+            kind, _ = self._kinds[0].at(index)
+            return Address(stream, epoch, row - int(self._last_rows[number]) + stream.rows, kind)
+        phase = next(phase for phase in reversed(self._phases) if phase.first <= index)
+        number, made = phase.schedule.at(index - phase.first)
+        draw = phase.drawn[number] + made
+        stream = self.streams[number]
+        epoch, place = divmod(draw, stream.rows)
+        kind, _ = self._kinds[number].at(draw)
+        return Address(stream, epoch, self._permuted(number, epoch, place, stream.rows, stream.hash), kind)
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a global index.
+
+        With weighting `sequence` a target weighs 1 / targets of its sample; with `token` 1 / `expected_targets`, the
+        same for every target of every sample.
+        """
+        address = self.address(index)
+        row = address.stream.read_row(address.row)
+        generator = np.random.Generator(np.random.Philox(key=mix(self.seed, 1) << 64 | mix(index)))
+        return self.build(row, address.kind, address.stream.info.lang, generator, index)
+
+    def build(
+        self, row: NDArray[np.int64], kind: int, lang: str, generator: np.random.Generator, index: int = 0
+    ) -> Sample:
+        """A sample of one kind from a row, int64 [sequence_length − 1]."""
+        tokenizer = self.dataset.tokenizer
+        layout = Layout.empty(self.sequence_length, tokenizer.eod)
+        pieces = self._pieces(row)
+        if kind == GMASK:
+            self._prefix(layout, pieces, generator)
+        elif kind == CAUSAL:
+            for piece in pieces:
+                self._assembler.causal(layout, piece)
+        elif self.config.isolate_documents:
+            for piece in pieces:
+                self._blanks_of_document(layout, piece, kind, generator)
+        elif kind == MASK:
+            self._blanks(layout, row, generator)
+        else:
+            self._sentence_blanks(layout, row, generator)
+        targets = int(layout.is_target.sum())
+        each = 1.0 / self._targets_a_sample if self.weighting == "token" else 1.0 / max(1, targets)
+        return Sample(
+            tokens=layout.tokens,
+            targets=layout.targets,
+            loss_weight=layout.is_target * np.float32(each),
+            positions=layout.positions,
+            attend_from=layout.attend_from,
+            attend_to=layout.attend_to,
+            group=group_of(kind, lang),
+            sample_index=index,
+        )
+
+    def batch(self, indices: NDArray[np.int64] | list[int] | range) -> Batch:
+        """Samples of several indices, in their order."""
+        return Batch.from_samples([self.sample(int(index)) for index in indices])
+
+    @cached_property
+    def expected_targets_by_kind(self) -> dict[str, float]:
+        """Targets a sample of each kind is expected to hold, for joined documents.
+
+        Exact for gmask, mask and causal; smask's depends on the text, and mask's stands in for it. Isolating documents
+        changes the numbers with the text; these are then a fixed scale, which is all that a loss weight needs.
+        """
+        row = self.sequence_length - 1
+        spans, hidden = self.law.expected_sequence(self.sequence_length)
+        gmask = (self._shortest_generation(row) + row) / 2
+        return dict(zip(KINDS, (gmask, spans + hidden, spans + hidden, float(row)), strict=True))
+
+    @property
+    def expected_targets(self) -> float:
+        """Targets a sample is expected to hold, over all kinds."""
+        shares = np.array(self.kind_shares)
+        return float(shares @ np.array(list(self.expected_targets_by_kind.values())) / shares.sum())
+
+    @property
+    def expected_unused_tokens(self) -> float:
+        """Tokens a MASK sample leaves unused at its row's end, expected; they turn up under other kinds and epochs."""
+        return 2 * self.law.expected_sequence(self.sequence_length)[0] - 1
+
+    def unigram_loss(self, batch: Batch) -> Tensor:
+        """Nats of a unigram model on a batch's targets, float32 [B, S], 0 where there is no target.
+
+        The fair baseline: token counts of the train split with one added, and for eop the share it has among the
+        targets of the sample's kind, so that a model gains nothing by knowing how often a span ends.
+        """
+        tables = torch.from_numpy(self._unigram_tables)
+        kind = (batch.group.cpu().long() // 8)[:, None].expand_as(batch.targets)
+        nats = tables[kind, batch.targets.cpu()]
+        return (nats * (batch.loss_weight.cpu() > 0)).to(batch.targets.device)
+
+    def _make_phases(self) -> list[_Phase]:
+        drawn = [0] * len(self.streams)
+        phases: list[_Phase] = []
+        for first, weights in [(0, None), *self.plan.mixtures]:
+            if phases:
+                before = phases[-1].schedule.made_before(first - phases[-1].first)
+                drawn = [earlier + made for earlier, made in zip(phases[-1].drawn, before, strict=True)]
+            shares = self._shares(dict(weights) if weights is not None else None)
+            schedule = Schedule(shares, self.config.mixture_period, mix(self.seed, 3, first))
+            phases.append(_Phase(first, schedule, drawn))
+        return phases
+
+    def _shares(self, weights: dict[str, float] | None) -> list[float]:
+        """Share of each stream; a source's weight is divided among its languages by rows."""
+        names: dict[str, list[Stream]] = {}
+        for stream in self.streams:
+            names.setdefault(stream.info.name, []).append(stream)
+        if weights is None:
+            if any(stream.info.weight is None for stream in self.streams):
+                return [float(stream.rows) for stream in self.streams]
+            weights = {stream.info.name: stream.info.weight or 0.0 for stream in self.streams}
+        unknown = sorted(set(weights) - set(names) - {stream.key for stream in self.streams})
+        if unknown:
+            raise ConfigError(f"data plan: unknown source {unknown[0]}; there are {', '.join(sorted(names))}")
+        return [
+            weights[stream.key]
+            if stream.key in weights
+            else weights.get(stream.info.name, 0.0)
+            * stream.rows
+            / sum(other.rows for other in names[stream.info.name] if other.key not in weights)
+            for stream in self.streams
+        ]
+
+    def _permuted(self, number: int, epoch: int, place: int, size: int, name: int) -> int:
+        """Row at a place of an epoch. Only the last permutation of each stream is kept."""
+        key = (number, epoch)
+        if key not in self._row_order:
+            self._row_order = {kept: order for kept, order in self._row_order.items() if kept[0] != number}
+            self._row_order[key] = Permutation(size, mix(self.seed, 4, name, epoch))
+        return self._row_order[key](place)
+
+    def _pieces(self, row: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The row, or its documents (each with its eod) where they are isolated."""
+        if not self.config.isolate_documents:
+            return [row]
+        edges = np.flatnonzero(row == self.dataset.tokenizer.eod) + 1
+        return [piece for piece in np.split(row, edges) if len(piece)]
+
+    def _shortest_generation(self, tokens: int) -> int:
+        return max(1, -(-round(self.config.min_gmask_ratio * MILLION) * tokens // MILLION))
+
+    def _prefix(self, layout: Layout, pieces: list[NDArray[np.int64]], generator: np.random.Generator) -> None:
+        for piece in pieces:
+            fitting = piece[: self.sequence_length - layout.used - 1]
+            if len(fitting):
+                shortest = self._shortest_generation(len(fitting))
+                self._assembler.prefix(layout, fitting, int(generator.integers(shortest, len(fitting), endpoint=True)))
+
+    def _blanks(self, layout: Layout, row: NDArray[np.int64], generator: np.random.Generator) -> None:
+        slots = self.law.budgets(generator, self.sequence_length)
+        lengths, counts = self.law.draw_lengths(generator, slots)
+        sizes = slots - 2 * counts
+        text = row[: int(sizes.sum())]
+        spans = self._inside(generator, self.law.place(generator, lengths, counts, sizes), sizes, text)
+        self._assembler.blanks(layout, text, sizes, spans, np.full(len(sizes), self.dataset.tokenizer.mask))
+
+    def _sentence_blanks(self, layout: Layout, row: NDArray[np.int64], generator: np.random.Generator) -> None:
+        tokenizer = self.dataset.tokenizer
+        start, end = sentences(row, tokenizer.sentence_marks, tokenizer.eod)
+        at = 0
+        for budget in self.law.budgets(generator, self.sequence_length).tolist():
+            at += self._sentence_segment(layout, row[at:], (start - at, end - at), budget, generator)
+
+    def _sentence_segment(
+        self,
+        layout: Layout,
+        text: NDArray[np.int64],
+        found: tuple[NDArray[np.int64], NDArray[np.int64]],
+        slots: int,
+        generator: np.random.Generator,
+    ) -> int:
+        """One segment with whole sentences hidden, or, where none is short enough, spans. Returns its tokens."""
+        tokenizer = self.dataset.tokenizer
+        chosen = draw_sentences(generator, *found, slots, len(text), self.law.ratio)
+        if not chosen:
+            return self._span_segment(layout, text, slots, generator)
+        sizes = np.array([min(slots - 2 * len(chosen), len(text))])
+        start, length = np.array(chosen).T
+        spans = Spans(np.zeros(len(chosen), dtype=np.int64), start, length, generator.permutation(len(chosen)))
+        self._assembler.blanks(layout, text[: sizes[0]], sizes, spans, np.array([tokenizer.smask]))
+        return int(sizes[0])
+
+    def _span_segment(self, layout: Layout, text: NDArray[np.int64], slots: int, generator: np.random.Generator) -> int:
+        """One segment with spans hidden. Returns its tokens."""
+        lengths, counts = self.law.draw_lengths(generator, np.array([slots]), len(text))
+        sizes = np.minimum(slots - 2 * counts, len(text))
+        text = text[: sizes[0]]
+        spans = self._inside(generator, self.law.place(generator, lengths, counts, sizes), sizes, text)
+        self._assembler.blanks(layout, text, sizes, spans, np.array([self.dataset.tokenizer.mask]))
+        return int(sizes[0])
+
+    def _inside(
+        self, generator: np.random.Generator, spans: Spans, sizes: NDArray[np.int64], text: NDArray[np.int64]
+    ) -> Spans:
+        if self.config.spans_cross_documents:
+            return spans
+        ends = text == self.dataset.tokenizer.eod
+        return self.law.keep_inside_documents(generator, spans, sizes, ends) if ends.any() else spans
+
+    def _blanks_of_document(
+        self, layout: Layout, piece: NDArray[np.int64], kind: int, generator: np.random.Generator
+    ) -> None:
+        """Segments of one isolated document; a rest too short for spans stays unused."""
+        tokenizer = self.dataset.tokenizer
+        part = max(SMALLEST_SEGMENT, self.sequence_length // self.config.mask_segments)
+        at = 0
+        while len(piece) - at >= SMALLEST_SEGMENT and self.sequence_length - layout.used >= SMALLEST_SEGMENT:
+            slots = min(part, self.sequence_length - layout.used)
+            if 0 < self.sequence_length - layout.used - slots < SMALLEST_SEGMENT:
+                slots = self.sequence_length - layout.used
+            if kind == SMASK:
+                start, end = sentences(piece, tokenizer.sentence_marks, tokenizer.eod)
+                at += self._sentence_segment(layout, piece[at:], (start - at, end - at), slots, generator)
+            else:
+                at += self._span_segment(layout, piece[at:], slots, generator)
+
+    @cached_property
+    def _unigram_tables(self) -> NDArray[np.float32]:
+        """−ln p of each token under each kind, float32 [kinds, vocab_size]."""
+        spans, hidden = self.law.expected_sequence(self.sequence_length)
+        ends = [0.0, spans / (spans + hidden), self._measured_sentence_ends(), 0.0]
+        tables = np.empty((len(KINDS), self.dataset.tokenizer.vocab_size), dtype=np.float32)
+        for kind, share in enumerate(ends):
+            tables[kind] = self.dataset.unigram_nats - np.log(1 - share)
+            if share:
+                tables[kind, self.dataset.tokenizer.eop] = -np.log(share)
+        return tables
+
+    def _measured_sentence_ends(self) -> float:
+        """Share of eop among smask targets, from 32 rows: it depends on the text, so there is nothing to derive."""
+        if not self.kind_shares[SMASK]:
+            return 0.0
+        ends = targets = 0
+        for number in range(32):
+            stream = self.streams[number % len(self.streams)]
+            generator = np.random.Generator(np.random.Philox(key=mix(self.seed, 5, number)))
+            row = stream.read_row(mix(self.seed, 6, number) % stream.rows)
+            sample = self.build(row, SMASK, stream.info.lang, generator)
+            ends += int((sample.targets[sample.loss_weight > 0] == self.dataset.tokenizer.eop).sum())
+            targets += int((sample.loss_weight > 0).sum())
+        return ends / targets
