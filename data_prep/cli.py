@@ -30,6 +30,7 @@ from data_prep.errors import (
     EXIT_STOPPED,
     ConfigError,
     DataError,
+    RunFailed,
     Stopped,
 )
 
@@ -79,6 +80,8 @@ def run(
         return _say(program, EXIT_CONFIG, error, schema)
     except DataError as error:
         return _say(program, EXIT_DATA, error)
+    except RunFailed as error:
+        return _say(program, EXIT_CRASH, error)
     except Stopped as stop:
         print(f"{program}: {stop}", file=sys.stderr, flush=True)
         return EXIT_STOPPED

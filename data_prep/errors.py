@@ -20,5 +20,10 @@ class DataError(RuntimeError):
     """A file is missing, damaged or unreadable. The message names the path and what to do."""
 
 
+class RunFailed(RuntimeError):
+    """Training cannot go on: non-finite numbers, a loss scale at its floor, ranks that disagree. The message says which
+    step, rank and layer, and what to try."""
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved itself; the message holds the command that resumes it."""

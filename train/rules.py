@@ -29,7 +29,7 @@ def check_world(config: Config, world_size: int) -> None:
     if world_size % shard:
         raise ConfigError(
             f"parallel.tensor_parallel={parallel.tensor_parallel} x parallel.pipeline_parallel="
-            f"{parallel.pipeline_parallel} = {shard} does not divide the {world_size} ranks; start a multiple of {shard}"
+            f"{parallel.pipeline_parallel} = {shard} does not divide the {world_size} ranks; start a multiple of it"
         )
     unit = config.micro_batch_size * (world_size // shard)
     sizes = {"global_batch_size": config.global_batch_size}
@@ -44,8 +44,8 @@ def check_world(config: Config, world_size: int) -> None:
             )
     if parallel.zero_stage == 0 and config.precision.dtype != "fp32":
         raise ConfigError(
-            f"parallel.zero_stage=0 with precision.dtype={config.precision.dtype}: DeepSpeed's half-precision optimizer "
-            "without ZeRO is subtly wrong; use parallel.zero_stage=1"
+            f"parallel.zero_stage=0 with precision.dtype={config.precision.dtype}: DeepSpeed's half-precision "
+            "optimizer without ZeRO is subtly wrong; use parallel.zero_stage=1"
         )
 
 

@@ -1,12 +1,14 @@
 """The list of layers, which part of it a stage holds, and the choice of kernels."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.resolve import resolve
 from train.config import Config
+from train.labels import Labels
 from train.mesh import Mesh
 from train.model.context import Context, Operations, State
 from train.model.ends import Embedding, Head
@@ -77,6 +79,7 @@ class Model(nn.Module):
         self.start, self.stop = bounds[mesh.stage], bounds[mesh.stage + 1]
         self.embedding: Embedding | None = None
         self.head: Head | None = None
+        self.flags: Tensor | None = None
         self.items = nn.ModuleList(self._item(index) for index in range(self.start, self.stop))
 
     def _item(self, index: int) -> nn.Module:
@@ -91,11 +94,36 @@ class Model(nn.Module):
             return self.head
         return (PostNormLayer if context.post_norm else PreNormLayer)(context, index - 1)
 
-    def forward(self, state: State) -> "State | Tensor":
-        """This stage's part of the model: a State, or the head's hidden states on the last stage."""
-        for item in self.items:
-            state = item(state)
+    def forward(self, state: State, labels: Labels | None = None) -> Any:
+        """This stage's part of the model.
+
+        Returns a State, or on the last stage the head's hidden states [B,S,H], or with labels the head's loss triple.
+        """
+        for position, item in enumerate(self.items):
+            # Apart, not as one tuple: ZeRO-3 hangs its gather and release on tensors that are arguments themselves.
+            state = item(*state) if item is not self.head else item(*state, labels)
+            if self.flags is not None:
+                self._watch(position, state)
         return state
+
+    def watch(self) -> Tensor:
+        """From now on count non-finite outputs, item by item; returns the counters, int32 [items] on the device.
+
+        One sum an item, no wait: what tells afterwards in which layer a run first went wrong.
+        """
+        self.flags = torch.zeros(len(self.items), dtype=torch.int32, device=self.context.mesh.device)
+        return self.flags
+
+    def _watch(self, position: int, state: Any) -> None:
+        first = state[0] if isinstance(state, tuple) else state
+        assert self.flags is not None
+        self.flags[position] += ~first.detach().sum(dtype=torch.float32).isfinite()
+
+    def item_name(self, position: int) -> str:
+        """Name of the stage's item at a position, for messages: `embedding`, `layers.3`, `head`."""
+        index = self.start + position
+        last = self.context.model.num_layers + 1
+        return {0: "embedding", last: "head"}.get(index, f"layers.{index - 1}")
 
     def set_shrink(self, lookup: float, head: float) -> None:
         """EGS alpha of the coming step, at the lookup and at the tied logits."""

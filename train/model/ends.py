@@ -38,9 +38,8 @@ class Embedding(nn.Module):
         self.shrink = 1.0
         """EGS alpha of the current step; the engine sets it."""
 
-    def forward(self, state: State) -> State:
-        """(tokens int64 [B,S], meta, sample_index) -> (hidden [B,S,H], meta, sample_index)."""
-        tokens, meta, sample_index = state
+    def forward(self, tokens: Tensor, meta: Tensor, sample_index: Tensor) -> State:
+        """tokens int64 [B,S], meta, sample_index -> (hidden [B,S,H], meta, sample_index)."""
         context, mesh = self.context, self.context.mesh
         start = None if mesh.tensor == 1 else mesh.tensor_rank * self.weight.shape[0]
         hidden = context.ops.embedding(tokens, self.weight, shrink=self.shrink, vocab_start=start)
@@ -70,22 +69,22 @@ class Head(nn.Module):
             self.weight = context.matrix(context.cut(name, shape, 0), context.std(*shape, branch=False))
         else:
             self.weight = tied
-        if model.tied_embeddings and tied is None:
-            # DeepSpeed leaves the second copy of a pipeline's tied weight out of the gradient norm.
-            self.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
         self.final_norm = None if context.post_norm else Norm(context, "final_norm")
         self.shrink = 1.0
         """EGS alpha at the tied logits; the engine sets it."""
 
-    def forward(self, state: State) -> Tensor:
-        """(hidden, meta, sample_index) -> normalised hidden [B,S,H]; the loss or the logits follow from it."""
-        hidden = state[0]
-        return hidden if self.final_norm is None else self.final_norm(hidden)
+    def forward(
+        self, hidden: Tensor, meta: Tensor, sample_index: Tensor, labels: Labels | None = None
+    ) -> "Tensor | tuple[Tensor, Tensor, Tensor]":
+        """A `State`'s parts -> normalised hidden [B,S,H], or with labels what `loss` returns."""
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        return hidden if labels is None else self.loss(hidden, labels)
 
     def loss(self, hidden: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy of the target rows only.
 
-        hidden: [B,S,H] from `forward`. Returns (sum of loss_weight * cross entropy, z-loss, group sums float64
+        hidden: [B,S,H] from `forward` without labels. Returns (sum of loss_weight * cross entropy, z-loss, group sums float64
         [NUM_GROUPS, 2] of cross entropy and targets), each whole on every tensor-parallel rank.
         """
         context = self.context

@@ -183,9 +183,8 @@ class Layer(nn.Module):
         self.ffn = FeedForward(context, index)
         self.post_norm = Norm(context, f"layers.{index}.post_attention_norm")
 
-    def forward(self, state: State) -> State:
-        """One layer on (hidden [B,S,H], meta, sample_index)."""
-        hidden, meta, sample_index = state
+    def forward(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> State:
+        """One layer on a `State`'s parts."""
         if self.context.recompute and self.training and torch.is_grad_enabled():
             # Addressed dropout repeats itself, so there is no generator state to save.
             hidden = checkpoint(self.run, hidden, meta, sample_index, use_reentrant=False, preserve_rng_state=False)

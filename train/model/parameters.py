@@ -72,7 +72,7 @@ def split(name: str, full_shape: tuple[int, ...], dim: int, rank: int, size: int
 
 def layout_of(parameter: Tensor) -> Layout:
     """The layout that `make_parameter` gave it."""
-    layout: Layout = parameter.layout  # type: ignore[attr-defined]
+    layout: Layout = parameter.placement  # type: ignore[attr-defined]
     return layout
 
 
@@ -89,7 +89,7 @@ def make_parameter(
     else:
         data = _addressed(layout, mix_key(seed, "weight", layout.name), device).mul_(std)
     parameter = nn.Parameter(data)
-    parameter.layout = layout  # type: ignore[attr-defined]
+    parameter.placement = layout  # type: ignore[attr-defined]
     # DeepSpeed counts such parameters' gradients on every tensor-parallel rank, the others' on the first only.
     parameter.tensor_model_parallel = layout.dim is not None  # type: ignore[attr-defined]
     return parameter

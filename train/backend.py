@@ -1,0 +1,241 @@
+"""The one module that imports DeepSpeed: process groups, mesh, accelerator, and its two engines.
+
+Devices are reached through DeepSpeed's accelerator, so that its CPU, CUDA, ROCm and NPU back ends, or a drop-in
+replacement of the package, run by the same path. What DeepSpeed prints at start-up is kept from the console.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+
+from data_prep.errors import ConfigError
+from train.config import Config
+from train.mesh import Mesh
+from train.model.build import Model
+from train.model.layers import PostNormLayer, PreNormLayer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+logger = logging.getLogger(__name__)
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(accelerator.device_name(int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def device_name() -> str:
+    """The accelerator's model name, such as `NVIDIA H100 80GB HBM3`, or `cpu`."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda":
+        return str(torch.cuda.get_device_name())
+    return str(accelerator.device_name())
+
+
+def check_precision(dtype: str) -> None:
+    """Raise ConfigError where the device cannot train in this dtype."""
+    accelerator = get_accelerator()
+    if dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(f"precision.dtype=fp16: {device_name()} lacks it; use precision=bf16 or precision=fp32")
+    if dtype == "bf16" and not accelerator.is_bf16_supported():
+        raise ConfigError(f"precision.dtype=bf16: {device_name()} lacks it; use precision=fp16 or precision=fp32")
+
+
+def memory() -> dict[str, int]:
+    """Bytes of device memory at their peak since the last call, as metrics fields; empty on a CPU."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return {}
+    peak, reserved = int(accelerator.max_memory_allocated()), int(accelerator.max_memory_reserved())
+    accelerator.reset_peak_memory_stats()
+    return {"memory_peak_bytes": peak, "memory_reserved_bytes": reserved}
+
+
+def world_size() -> int:
+    """Ranks that the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def global_rank() -> int:
+    """This process's rank; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start() -> None:
+    """Join the process group, with the environment that torchrun sets or, without it, alone."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    # DeepSpeed compiles a shared-memory collective at start-up on a CPU: 40 s, and 69 MB of /dev/shm a rank.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    with quiet():
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The layout of all ranks over data, tensor and pipeline axes, with its groups."""
+    tensor, pipeline = config.parallel.tensor_parallel, config.parallel.pipeline_parallel
+    ranks = torch.distributed.get_world_size()
+    data = ranks // (tensor * pipeline)
+    with quiet():
+        topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+        grid = PipelineParallelGrid(topology=topology, process_group=torch.distributed.group.WORLD)
+    rank = torch.distributed.get_rank()
+    ends = None
+    if pipeline > 1:
+        for line in topology.get_axis_comm_lists("pipe"):
+            pair = [line[0], line[-1]]
+            group = torch.distributed.new_group(pair)
+            ends = group if rank in pair else ends
+    return Mesh(
+        device=device(),
+        rank=rank,
+        data=data,
+        tensor=tensor,
+        pipeline=pipeline,
+        data_rank=grid.get_data_parallel_rank(),
+        tensor_rank=grid.get_slice_parallel_rank(),
+        stage=grid.get_stage_id(),
+        data_group=grid.get_data_parallel_group() if data > 1 else None,
+        tensor_group=grid.get_slice_parallel_group() if tensor > 1 else None,
+        pipeline_group=grid.get_pipe_parallel_group() if pipeline > 1 else None,
+        embedding_group=ends,
+        grid=grid,
+    )
+
+
+def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[Any, Model]:
+    """DeepSpeed's plain engine over the whole model, for one stage and ZeRO 0 to 3.
+
+    optimizer_for: function of the model that returns a torch optimizer.
+    """
+    model = Model(config, mesh, DTYPES[config.precision.dtype])
+    if config.parallel.zero_stage == 3:
+        # The fused kernels read parameters of several modules at once, so a layer is gathered as one.
+        layer = PostNormLayer if model.context.post_norm else PreNormLayer
+        set_z3_leaf_modules(model, [layer])
+    with quiet():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer_for(model),
+            config=_settings(config, mesh, model),
+            mpu=mesh.grid,
+            dist_init_required=False,
+        )
+    return engine, model
+
+
+def make_pipeline_engine(config: Config, mesh: Mesh, optimizer_for: Any, loss_fn: Any) -> tuple[Any, Model]:
+    """DeepSpeed's pipeline engine, one `Model` a stage. loss_fn(hidden, label tensors) is called on the last stage."""
+    with quiet():
+        module = _Stages(config, mesh, loss_fn)
+        model = module.forward_funcs[0]
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer_for(model),
+            config=_settings(config, mesh, model),
+            dist_init_required=False,
+        )
+    return engine, model
+
+
+class _Stages(PipelineModule):
+    """One item a stage: the stage's part of the model, which cuts the list by its own slot rule."""
+
+    def __init__(self, config: Config, mesh: Mesh, loss_fn: Any) -> None:
+        stage = LayerSpec(Model, config, mesh, DTYPES[config.precision.dtype])
+        super().__init__(
+            layers=[stage] * mesh.pipeline,
+            topology=mesh.grid.topology(),
+            loss_fn=loss_fn,
+            partition_method="uniform",
+        )
+        self._embedding_group = mesh.embedding_group
+        head = self.forward_funcs[0].head
+        if head is not None and config.model.tied_embeddings:
+            # The copy on the last stage is the second one: it stays out of the gradient norm.
+            head.weight.ds_pipe_replicated = True
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """The tied table's copy on this stage, whose gradient DeepSpeed sums with the other end's."""
+        weight = self.forward_funcs[0].tied_weight()
+        return [] if weight is None else [(weight, self._embedding_group)]
+
+
+def _settings(config: Config, mesh: Mesh, model: Model) -> dict[str, Any]:
+    """DeepSpeed's own config for this run."""
+    parallel, precision = config.parallel, config.precision
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    if parallel.zero_stage > 0:
+        zero |= {
+            # A bucket is allocated whole, so a small model must not pay for a large one's.
+            "reduce_bucket_size": min(parallel.reduce_bucket_elements, elements),
+            "allgather_bucket_size": min(parallel.allgather_bucket_elements, elements),
+            "overlap_comm": parallel.overlap_communication,
+        }
+    if parallel.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": min(parallel.allgather_bucket_elements, elements)}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.global_batch_size // (config.micro_batch_size * mesh.data),
+        # ZeRO 0 clips in our own optimizer: DeepSpeed's counts a pipeline's tied table twice there.
+        "gradient_clipping": config.optimizer.clip if parallel.zero_stage > 0 else 0.0,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if precision.dtype == "bf16":
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if precision.dtype == "fp16":
+        settings["fp16"] = {
+            "enabled": True,
+            "loss_scale": precision.loss_scale,
+            "initial_scale_power": precision.loss_scale_initial_power,
+            "loss_scale_window": precision.loss_scale_window,
+            "hysteresis": precision.loss_scale_hysteresis,
+            "min_loss_scale": precision.loss_scale_minimum,
+        }
+    return settings
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep a library's prints from the console; they go to the debug log."""
+    caught = io.StringIO()
+    with contextlib.redirect_stdout(caught):
+        yield
+    if caught.getvalue():
+        logger.debug("%s", caught.getvalue())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,275 @@
+"""One training step over the mesh: forward, backward, reduction, clip, update; and evaluation.
+
+The loop calls `step` and `evaluate` and knows nothing of stages; this module owns the order of calls that DeepSpeed's
+two engines want. Results stay on the device until `read` fetches many steps at once.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.batch import NUM_GROUPS, Batch
+from data_prep.errors import RunFailed
+from train import backend
+from train.config import Config
+from train.fragments import Fragment, local_fragments
+from train.labels import Labels, inputs
+from train.mesh import Mesh
+from train.optimizer import make_optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step's numbers on this rank's device, not yet summed over ranks.
+
+    loss, z_loss: float64 scalars, this rank's part of the step's mean. sums: float64 [NUM_GROUPS, 2] of cross entropy
+    and targets. grad_norm: before the clip; a tensor or a number, infinite after an overflow. skipped: whether the
+    update was left out. loss_scale: that the step was taken with.
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+    sums: Tensor
+    grad_norm: Tensor | float
+    skipped: bool
+    loss_scale: float
+    batch_hash: int
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """One step's numbers, whole and on the host. sums: [NUM_GROUPS][2] of cross entropy and targets."""
+
+    loss: float
+    z_loss: float
+    grad_norm: float
+    skipped: bool
+    loss_scale: float
+    sums: list[list[float]]
+
+
+class Engine:
+    """DeepSpeed behind four verbs. `Engine.start(config, mesh)` makes the right one for the mesh."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.zero_stage = config.parallel.zero_stage
+        self.dtype = backend.DTYPES[config.precision.dtype]
+        self._losses = [torch.zeros((), dtype=torch.float64, device=mesh.device) for _ in range(2)]
+        self._sums = torch.zeros(NUM_GROUPS, 2, dtype=torch.float64, device=mesh.device)
+        self.deepspeed, self.model = self._make()
+        self.flags = self.model.watch()
+
+    @staticmethod
+    def start(config: Config, mesh: Mesh) -> "Engine":
+        """The plain engine for one stage, the pipeline engine for more."""
+        backend.check_precision(config.precision.dtype)
+        return (PipelineEngine if mesh.pipeline > 1 else PlainEngine)(config, mesh)
+
+    def step(self, batches: Sequence[Batch | None], lr: float, shrink: float) -> StepResult:
+        """Train on the micro-batches of one global batch.
+
+        batches: this data-parallel rank's micro-batches, on the host; None on stages that hold neither end.
+        lr: learning rate of this step. shrink: EGS alpha of this step.
+        """
+        samples = len(batches) * self.config.micro_batch_size * self.mesh.data
+        if samples != self.deepspeed.train_batch_size():
+            self.deepspeed.set_train_batch_size(samples)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.set_shrink(shrink, shrink if self.config.stability.shrink_head else 1.0)
+        scale, skipped_before = self.loss_scale, self.deepspeed.skipped_steps
+        self._clear()
+        try:
+            self._train(batches)
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):
+                raise RunFailed(
+                    f"loss scale fell to its floor precision.loss_scale_minimum={scale:g} and gradients still "
+                    "overflow; lower optimizer.lr, resume from an earlier checkpoint with resume.step, or use precision=bf16"
+                ) from error
+            raise
+        skipped = self.deepspeed.skipped_steps > skipped_before
+        norm = math.inf if skipped else self.deepspeed.get_global_grad_norm()
+        return StepResult(
+            loss=self._losses[0] / len(batches),
+            z_loss=self._losses[1] / len(batches),
+            sums=self._sums.clone(),
+            grad_norm=0.0 if norm is None else norm.detach().clone() if isinstance(norm, Tensor) else norm,
+            skipped=skipped,
+            loss_scale=scale,
+            batch_hash=_hash(batches),
+        )
+
+    def evaluate(self, batches: Sequence[Batch | None]) -> list[list[float]]:
+        """Sums of cross entropy and targets by group, [NUM_GROUPS][2], over all ranks' micro-batches; no dropout."""
+        self._clear()
+        self.deepspeed.eval()
+        with torch.no_grad():
+            self._evaluate(batches)
+        self.deepspeed.train()
+        sums = self._sums.clone()
+        self.mesh.from_last_stage(self.mesh.sum_over_data(sums))
+        return sums.tolist()
+
+    def read(self, results: Sequence[StepResult]) -> list[StepNumbers]:
+        """Sum the results of several steps over the ranks and fetch them; every rank gets the same.
+
+        Raises RunFailed where the stages or tensor-parallel ranks of one replica saw different batches.
+        """
+        if not results:
+            return []
+        packed = torch.stack(
+            [torch.cat([torch.stack((r.loss, r.z_loss)), r.sums.flatten()]) for r in results]
+        )  # [steps, 2 + groups * 2]
+        self.mesh.from_last_stage(self.mesh.sum_over_data(packed))
+        norms = torch.stack([torch.as_tensor(r.grad_norm, dtype=torch.float64, device=packed.device) for r in results])
+        rows, norm_values = packed.tolist(), norms.tolist()
+        self._compare_hashes([r.batch_hash for r in results])
+        return [
+            StepNumbers(
+                loss=row[0] / self.mesh.data,
+                z_loss=row[1] / self.mesh.data,
+                grad_norm=norm,
+                skipped=result.skipped,
+                loss_scale=result.loss_scale,
+                sums=[[row[2 + 2 * g], row[3 + 2 * g]] for g in range(NUM_GROUPS)],
+            )
+            for row, norm, result in zip(rows, norm_values, results, strict=True)
+        ]
+
+    def first_bad_layer(self) -> str | None:
+        """`rank R, NAME` of the first item, in the model's order, that gave a non-finite output; all ranks call it."""
+        bad = self.flags.nonzero().flatten().tolist()
+        position = self.model.start + bad[0] if bad else 1 << 30
+        mine = torch.tensor([position, self.mesh.rank], device=self.mesh.device)
+        found = [torch.empty_like(mine) for _ in range(self.mesh.world)]
+        torch.distributed.all_gather(found, mine)
+        first, rank = min(tuple(pair.tolist()) for pair in found)
+        return None if first == 1 << 30 else f"rank {rank}, {self.model.item_name(first - self.model.start)}"
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether this rank's stage reads batches at all."""
+        return self.mesh.first_stage or self.mesh.last_stage
+
+    @property
+    def loss_scale(self) -> float:
+        """The current fp16 loss scale, 1 in other precisions."""
+        return float(getattr(self.deepspeed.optimizer, "cur_scale", 1.0)) if self.dtype == torch.float16 else 1.0
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The pieces of master weights and optimizer states that this rank owns; see `train.fragments`."""
+        return local_fragments(self.deepspeed.optimizer, self.model, self.mesh, self.zero_stage)
+
+    def scaler_state(self) -> dict[str, Any]:
+        """State of the dynamic loss scaler, plain numbers; empty without one."""
+        if self.dtype != torch.float16:
+            return {}
+        scaler = self.deepspeed.optimizer.loss_scaler
+        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {key: getattr(scaler, key) for key in keys if hasattr(scaler, key)}
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Put back what `scaler_state` returned."""
+        for key, value in state.items():
+            setattr(self.deepspeed.optimizer.loss_scaler, key, value)
+
+    def _make(self) -> tuple[Any, Any]:
+        raise NotImplementedError("PlainEngine and PipelineEngine define it")
+
+    def _train(self, batches: Sequence[Batch | None]) -> None:
+        raise NotImplementedError("PlainEngine and PipelineEngine define it")
+
+    def _evaluate(self, batches: Sequence[Batch | None]) -> None:
+        raise NotImplementedError("PlainEngine and PipelineEngine define it")
+
+    def _optimizer(self, model: Any) -> torch.optim.Optimizer:
+        return make_optimizer(model, self.config.optimizer, self.mesh, clips=self.zero_stage == 0)
+
+    def _clear(self) -> None:
+        for tensor in (*self._losses, self._sums):
+            tensor.zero_()
+
+    def _note(self, loss: Tensor, z_loss: Tensor, sums: Tensor) -> Tensor:
+        """Add one micro-batch's numbers up on the device; returns what the backward pass starts from."""
+        self._losses[0] += loss.detach()
+        self._losses[1] += z_loss.detach()
+        self._sums += sums
+        return loss + z_loss if self.config.loss.z_loss else loss
+
+    def _compare_hashes(self, hashes: list[int]) -> None:
+        """The ranks of one replica must have read the same batches; stages between the ends read none."""
+        if self.mesh.tensor * self.mesh.pipeline == 1:
+            return
+        group = self.mesh.grid.get_model_parallel_group()
+        low = torch.tensor(hashes, dtype=torch.int64, device=self.mesh.device)
+        high = low.clone()
+        if not self.needs_batches:
+            low.fill_(torch.iinfo(torch.int64).max)
+            high.fill_(torch.iinfo(torch.int64).min)
+        torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=group)
+        torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=group)
+        if not torch.equal(low, high):
+            raise RunFailed(
+                f"data-parallel rank {self.mesh.data_rank}: its stages or tensor-parallel ranks read different "
+                "batches; check that all nodes see the same data.path and the same files"
+            )
+
+
+class PlainEngine(Engine):
+    """One stage: DeepSpeed's plain engine, the accumulation is ours."""
+
+    def _make(self) -> tuple[Any, Any]:
+        return backend.make_plain_engine(self.config, self.mesh, self._optimizer)
+
+    def _train(self, batches: Sequence[Batch | None]) -> None:
+        for number, batch in enumerate(batches):
+            # Said each time, since a ramped batch size would upset DeepSpeed's own counting.
+            self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            self.deepspeed.backward(self._loss(batch))
+            self.deepspeed.step()
+
+    def _evaluate(self, batches: Sequence[Batch | None]) -> None:
+        for batch in batches:
+            self._loss(batch)
+
+    def _loss(self, batch: Batch | None) -> Tensor:
+        assert batch is not None
+        state = tuple(t.to(self.mesh.device, non_blocking=True) for t in inputs(batch))
+        return self._note(*self.deepspeed(state, Labels.of(batch).to(self.mesh.device)))
+
+
+class PipelineEngine(Engine):
+    """Several stages: DeepSpeed's pipeline engine with its 1F1B schedule."""
+
+    def _make(self) -> tuple[Any, Any]:
+        return backend.make_pipeline_engine(self.config, self.mesh, self._optimizer, self._loss)
+
+    def _train(self, batches: Sequence[Batch | None]) -> None:
+        self.deepspeed.train_batch(self._feed(batches))
+
+    def _evaluate(self, batches: Sequence[Batch | None]) -> None:
+        self.deepspeed.eval_batch(
+            self._feed(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
+        )
+
+    def _loss(self, hidden: Tensor, labels: Sequence[Tensor]) -> Tensor:
+        return self._note(*self.model.head.loss(hidden, Labels(*labels)))
+
+    def _feed(self, batches: Sequence[Batch | None]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None:
+        if not self.needs_batches:
+            return None
+        return ((inputs(batch), Labels.of(batch).tensors()) for batch in batches if batch is not None)
+
+
+def _hash(batches: Sequence[Batch | None]) -> int:
+    value = 0
+    for batch in batches:
+        if batch is not None:
+            value = (value * 1_000_003 ^ batch.hash()) & ((1 << 62) - 1)
+    return value
