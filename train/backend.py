@@ -125,6 +125,7 @@ def make_mesh(config: Config) -> Mesh:
         tensor_group=grid.get_slice_parallel_group() if tensor > 1 else None,
         pipeline_group=grid.get_pipe_parallel_group() if pipeline > 1 else None,
         embedding_group=ends,
+        host_group=None if device().type == "cpu" else torch.distributed.new_group(backend="gloo"),
         grid=grid,
     )
 

@@ -213,6 +213,9 @@ class ResumeConfig:
     """Resume from this step's checkpoint in place of the newest."""
     reshape: bool = False
     """Allow another tensor_parallel, pipeline_parallel or zero_stage than the checkpoint was written with."""
+    allow: list[str] = field(default_factory=list)
+    """Keys that differ from the checkpoint's config on purpose, such as optimizer.lr; `train/resume.py` lists those
+    that always may."""
 
 
 @dataclass

@@ -32,6 +32,8 @@ class Mesh:
     pipeline_group: Any = None
     embedding_group: Any = None
     """First and last stage of this pipeline, where the tied embedding lives twice; None with one stage."""
+    host_group: Any = None
+    """All ranks, over a backend that moves host memory; None is the default group."""
     grid: Any = None
 
     @staticmethod

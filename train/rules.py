@@ -138,11 +138,6 @@ def _batch(config: Config) -> None:
                 f"schedule.rampup_increment={schedule.rampup_increment} must lead from schedule.rampup_start="
                 f"{schedule.rampup_start} to global_batch_size={config.global_batch_size} in whole steps"
             )
-    if sampling.objective == "blank_infilling" and config.tokenizer.vocab_size + 8 > model.padded_vocab_size:
-        raise ConfigError(
-            f"tokenizer.vocab_size={config.tokenizer.vocab_size} and 8 special tokens do not fit "
-            f"model.padded_vocab_size={model.padded_vocab_size}"
-        )
 
 
 def _numbers(config: Config) -> None:
@@ -178,3 +173,12 @@ def _numbers(config: Config) -> None:
         raise ConfigError("stability.softmax=half has no meaning with precision.dtype=fp32; use fp16 or bf16")
     if config.cluster.launcher == "local" and config.cluster.nodes != 1:
         raise ConfigError(f"cluster.nodes={config.cluster.nodes} needs another launcher than cluster.launcher=local")
+
+
+def check_vocabulary(config: Config, vocab_size: int) -> None:
+    """The dataset's tokens must have rows in the embedding; raises ConfigError."""
+    if vocab_size > config.model.padded_vocab_size:
+        raise ConfigError(
+            f"model.padded_vocab_size={config.model.padded_vocab_size} is less than the {vocab_size} tokens of "
+            f"data.path={config.data.path}; use at least {math.ceil(vocab_size / 128) * 128}"
+        )

@@ -1,0 +1,111 @@
+"""Loading: the newest checkpoint whose checksums hold, into any layout."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import ConfigError, DataError
+from train.checkpoint.pieces import PieceReader
+from train.checkpoint.select import checkpoint_steps, damage, find, read_manifest, step_folder
+from train.collective import gather
+from train.engine import Engine
+from train.fragments import set_adam_steps
+from train.mesh import Mesh
+from train.model.build import named_layouts
+
+logger = logging.getLogger(__name__)
+
+
+def choose(mesh: Mesh, run_dir: Path, step: int | None = None) -> Path | None:
+    """The checkpoint to resume from, verified by all ranks together; None where the run has none yet.
+
+    A damaged one is named in the log and the one before it is used; nothing is removed. Raises DataError where `step`
+    is damaged or missing, or none is whole.
+    """
+    steps = checkpoint_steps(run_dir)
+    if step is not None:
+        find(run_dir, step)
+        steps = [step]
+    said = ""
+    for candidate in reversed(steps):
+        folder = step_folder(run_dir, candidate)
+        problems = gather(mesh, damage(folder, share=(mesh.rank, mesh.world)))
+        problem = next((found for found in problems if found is not None), None)
+        if problem is None:
+            if said and mesh.rank == 0:
+                logger.warning("%s; resuming from %s instead", said, folder)
+            return folder
+        said = said or problem
+    if said:
+        raise DataError(f"{said}; no earlier checkpoint is whole. Restore the file, or start a new run_dir")
+    return None
+
+
+def load(engine: Engine, folder: Path, *, reshape: bool) -> dict[str, Any]:
+    """Put weights, master weights and Adam moments of a checkpoint into the engine; returns the trainer's state.
+
+    The number of data-parallel ranks may differ from when it was written. Another tensor-parallel or pipeline size or
+    ZeRO stage needs `reshape` (ConfigError otherwise).
+    """
+    manifest = read_manifest(folder)
+    _check_layout(engine, manifest, folder, reshape)
+    state = read_state(folder)
+    reader = PieceReader(folder)
+    load_weights(engine, reader)
+    master = "master" if engine.dtype != torch.float32 and manifest["dtype"] != "fp32" else "weight"
+    with torch.no_grad():
+        for fragment in engine.fragments():
+            kinds = {master: fragment.master, **fragment.moments}
+            for kind, target in kinds.items():
+                local = reader.local(kind, fragment.layout).reshape(-1)
+                target.copy_(local.narrow(0, fragment.start, target.numel()))
+    set_adam_steps(engine.deepspeed.optimizer, int(state["optimizer_steps"]))
+    if state.get("loss_scaler"):
+        engine.load_scaler_state(state["loss_scaler"])
+    return state
+
+
+def load_weights(engine: Engine, reader: PieceReader) -> None:
+    """The weights alone, into parameters and master weights."""
+    fragments = {id(fragment.parameter): fragment for fragment in engine.fragments()}
+    with torch.no_grad():
+        for layout, parameter in named_layouts(engine.model.parameters()):
+            local = reader.local("weight", layout)
+            fragment = fragments.get(id(parameter))
+            if fragment is not None:
+                part = _part(local, fragment.start, fragment.master.numel())
+                fragment.master.copy_(part)
+                if engine.zero_stage == 3:
+                    fragment.parameter.ds_tensor.narrow(0, 0, part.numel()).copy_(part)  # type: ignore[attr-defined]
+            if engine.zero_stage != 3:
+                parameter.copy_(local)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint; raises DataError naming it."""
+    path = folder / "trainer_state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
+    return state
+
+
+def _part(local: Tensor, start: int, numel: int) -> Tensor:
+    return local.reshape(-1).narrow(0, start, numel)
+
+
+def _check_layout(engine: Engine, manifest: dict[str, Any], folder: Path, reshape: bool) -> None:
+    if reshape:
+        return
+    now = {**engine.mesh.describe(), "zero_stage": engine.zero_stage}
+    for key in ("tensor_parallel", "pipeline_parallel", "zero_stage"):
+        if now[key] != manifest["layout"][key]:
+            raise ConfigError(
+                f"parallel.{key}={now[key]}, but {folder} was written with {manifest['layout'][key]}; "
+                "set resume.reshape=true to change the layout"
+            )

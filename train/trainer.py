@@ -1,0 +1,386 @@
+"""The training loop: it keeps the books and knows no model maths.
+
+    for each step: take the micro-batches, step the engine, count the samples; now and then read the numbers, validate,
+    save; stop when the last step is done or someone asks.
+
+`run` is the whole of it. The engine owns forward, backward and update; observers show and store what happened.
+"""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_prep.batch import Batch
+from data_prep.cli import as_yaml
+from data_prep.dataset import Dataset
+from data_prep.errors import ConfigError, DataError, RunFailed, Stopped
+from data_prep.loader import SampleStream, make_loader
+from data_prep.order import DataPlan
+from data_prep.samples import Sampler
+from train import backend, rules
+from train.arithmetic import flops_per_token, model_flops_utilization
+from train.checkpoint import read, write
+from train.checkpoint.pieces import PieceReader
+from train.checkpoint.select import find, tokenizer_sha256
+from train.collective import any_rank, on_rank_zero, together
+from train.config import Config
+from train.engine import Engine, StepNumbers, StepResult
+from train.fills import fill_blanks
+from train.fragments import adam_steps
+from train.mesh import Mesh
+from train.observers import MetricsObserver, Observer, ProgressObserver
+from train.resume import check_same
+from train.run_folder import RunFolder, command_line
+from train.schedule import BatchSize, embedding_shrink, learning_rate
+from train.scores import loss_by_group, targets
+from train.validation import Validation
+from train.wandb_observer import WandbObserver
+
+logger = logging.getLogger(__name__)
+
+
+def main(config: Config) -> int:
+    """Train as the config says; the exit status is 0 only when the last step was reached.
+
+    Raises ConfigError, DataError, RunFailed, and Stopped after a save that a signal asked for.
+    """
+    rules.check(config, world_size=backend.world_size())
+    dataset = Dataset.open(config.data.path)
+    rules.check_vocabulary(config, dataset.tokenizer.vocab_size)
+    backend.check_precision(config.precision.dtype)
+    logging.basicConfig(level=logging.INFO if backend.global_rank() == 0 else logging.ERROR, format="%(message)s")
+    backend.start()
+    try:
+        Trainer(config, dataset, backend.make_mesh(config)).run()
+    finally:
+        backend.stop()
+    return 0
+
+
+class Trainer:
+    """One attempt of one run."""
+
+    def __init__(self, config: Config, dataset: Dataset, mesh: Mesh) -> None:
+        self.config, self.dataset, self.mesh = config, dataset, mesh
+        self.run_dir = Path(config.run_dir)
+        self.yaml = as_yaml(config)
+        self.step = 0
+        self.consumed_samples = 0
+        self.trained_samples = 0
+        self.target_tokens = 0
+        self.plan = DataPlan()
+        self.batch_size_at = BatchSize.of(config)
+        self.stop_signal: str | None = None
+        self._pending: list[tuple[dict[str, Any], StepResult]] = []
+        self._saved_step = -1
+        self._validated_step = -1
+
+    def run(self) -> None:
+        """Everything from start-up to the report."""
+        self.folder = on_rank_zero(self.mesh, lambda: RunFolder.open(self.run_dir, resume=self.config.resume.enabled))
+        self.observers: list[Observer] = []
+        status = "failed"
+        try:
+            self._start()
+            with _Signals(self):
+                self._loop()
+            self._read_pending()
+            if self.step != self._saved_step:
+                self._save()
+            if self.stop_signal is not None:
+                status = "stopped"
+                raise Stopped(f"stopped by {self.stop_signal} after step {self.step}; resume with: {command_line()}")
+            status = "done"
+        finally:
+            for observer in self.observers:
+                observer.close(status)
+            if status == "done":
+                self._finish()
+            if self.folder is not None:
+                self.folder.close()
+
+    def _loop(self) -> None:
+        clock = time.perf_counter()
+        for global_batch in self._micro_batches():
+            consumed = self.plan.advance(self.consumed_samples, len(global_batch) * self._samples_a_round)
+            lr = learning_rate(self.config.schedule, self.config.optimizer.lr, consumed)
+            result = self.engine.step(global_batch, lr, embedding_shrink(self.config, self.consumed_samples))
+            self.step += 1
+            self.consumed_samples = consumed
+            self.trained_samples += len(global_batch) * self._samples_a_round
+            now = time.perf_counter()
+            self._pending.append((self._record(len(global_batch), lr, now - clock), result))
+            if self._due(self.config.logging.every_steps):
+                self._read_pending()
+            if self._due(self.config.evaluation.every_steps):
+                self._validate()
+            if self._due(self.config.saving.every_steps):
+                self._save()
+            # The next step's time starts here: validation and saving are not part of it.
+            clock = time.perf_counter()
+            if any_rank(self.mesh, self.stop_signal is not None):
+                self.stop_signal = self.stop_signal or "a signal to another rank"
+                return
+        if self._validated_step != self.step and self.config.evaluation.every_steps:
+            self._validate()
+
+    def _start(self) -> None:
+        config = self.config
+        self.engine = Engine.start(config, self.mesh)
+        self._resume()
+        self.sampler = Sampler(
+            self.dataset,
+            config.data.sampling,
+            config.sequence_length,
+            seed=config.seed,
+            weighting=config.loss.weighting,
+            plan=self.plan,
+        )
+        if config.evaluation.every_steps:
+            self.held_out = together(self.mesh, lambda: _held_out(config, self.dataset))
+            self.validation = Validation(self.held_out, config.evaluation.samples, self.engine)
+        self._flops = flops_per_token(config.model, config.sequence_length)
+        self._device_name = config.cluster.hardware or backend.device_name()
+        if self.folder is None:
+            return
+        if self._mfu(1.0) is None:
+            logger.warning("MFU is not shown: the peak of %s is not known", self._device_name)
+        facts = {"world_size": self.mesh.world, **self.mesh.describe(), "zero_stage": config.parallel.zero_stage}
+        self.folder.write_config(self.yaml)
+        self.folder.write_environment(None if self._device_name == "cpu" else self._device_name, **facts)
+        self.observers.append(MetricsObserver(self.folder))
+        if config.logging.progress:
+            self.observers.append(ProgressObserver(self._last_step()))
+        wandb = WandbObserver.start(
+            config.logging.wandb,
+            project=config.logging.wandb_project,
+            run_dir=self.run_dir,
+            config=asdict(config),
+        )
+        self.observers += [wandb] if wandb is not None else []
+
+    def _resume(self) -> None:
+        """Continue from the newest whole checkpoint, or start from other weights, or from scratch."""
+        config = self.config
+        found = together(self.mesh, lambda: read.choose(self.mesh, self.run_dir, config.resume.step))
+        if found is not None:
+            together(self.mesh, lambda: self._check_checkpoint(found))
+            state = together(self.mesh, lambda: read.load(self.engine, found, reshape=config.resume.reshape))
+            self.step = self._saved_step = state["step"]
+            self.consumed_samples = state["consumed_samples"]
+            self.trained_samples = state["trained_samples"]
+            self.target_tokens = state["target_tokens"]
+            self.plan = DataPlan(state["data_plan"])
+            if self.mesh.rank == 0:
+                logger.info("resuming from %s", found)
+        elif config.initialize_from is not None:
+            source = together(self.mesh, lambda: find(str(config.initialize_from)))
+            together(self.mesh, lambda: read.load_weights(self.engine, PieceReader(source, ("model",))))
+        on_rank_zero(self.mesh, lambda: self.folder.rewind(self.step) if self.folder is not None else 0)
+
+    def _check_checkpoint(self, found: Path) -> None:
+        check_same(self.yaml, found / "config.yaml", self.config.resume.allow)
+        stored = tokenizer_sha256(found)
+        if stored != self.dataset.tokenizer.sha256:
+            raise DataError(
+                f"{self.dataset.folder / 'tokenizer'} is not the tokenizer of {found}; "
+                "use the dataset that the run was started with"
+            )
+
+    @property
+    def _samples_a_round(self) -> int:
+        """Samples of one micro-batch over all data-parallel ranks."""
+        return self.config.micro_batch_size * self.mesh.data
+
+    def _micro_batches(self) -> Iterator[list[Batch | None]]:
+        """The micro-batches of each step that is left, this data-parallel rank's."""
+        loader: Iterator[Batch] | None = None
+        if self.engine.needs_batches:
+            stream = SampleStream(
+                self.sampler,
+                consumed_samples=self.consumed_samples,
+                micro_batch_size=self.config.micro_batch_size,
+                batch_size_at=self.batch_size_at,
+                data_parallel_rank=self.mesh.data_rank,
+                data_parallel_size=self.mesh.data,
+            )
+            loader = iter(
+                make_loader(
+                    stream,
+                    workers=self.config.data.workers,
+                    prefetch_batches=self.config.data.prefetch_batches,
+                    pin_memory=self.mesh.device.type == "cuda",
+                )
+            )
+        while not self._done(self.step, self.consumed_samples):
+            rounds = self.batch_size_at(self.consumed_samples) // self._samples_a_round
+            yield [None if loader is None else next(loader) for _ in range(rounds)]
+
+    def _done(self, step: int, consumed: int) -> bool:
+        limit = self.config.max_samples or self.config.schedule.decay_samples
+        if self.config.max_steps is not None:
+            return step >= self.config.max_steps
+        return consumed >= limit
+
+    def _last_step(self) -> int:
+        """The step this run ends with, following the batch ramp-up."""
+        step, consumed = self.step, self.consumed_samples
+        while not self._done(step, consumed):
+            size = self.batch_size_at(consumed)
+            if self.config.max_steps is not None:
+                return self.config.max_steps
+            if size == self.config.global_batch_size:
+                limit = self.config.max_samples or self.config.schedule.decay_samples
+                return step - (consumed - limit) // size
+            step, consumed = step + 1, consumed + size
+        return step
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _record(self, rounds: int, lr: float, seconds: float) -> dict[str, Any]:
+        samples = rounds * self._samples_a_round
+        length = self.config.sequence_length
+        rate = samples * length / seconds
+        return {
+            "step": self.step,
+            "lr": lr,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.trained_samples * length,
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "mfu": self._mfu(rate),
+        }
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        return model_flops_utilization(
+            tokens_per_second * self._flops, self._device_name, self.config.precision.dtype, self.mesh.world
+        )
+
+    def _read_pending(self) -> None:
+        """Fetch the numbers of the steps since the last time, and hand them on. Raises RunFailed at a NaN."""
+        pending, self._pending = self._pending, []
+        numbers = self.engine.read([result for _, result in pending])
+        records = []
+        for (record, _), number in zip(pending, numbers, strict=True):
+            self.target_tokens += targets(number.sums)
+            records.append({**record, **self._measured(number)})
+        if records:
+            records[-1] |= backend.memory()
+        for observer in self.observers:
+            observer.on_steps(records)
+        for record, number in zip(records, numbers, strict=True):
+            self._check_finite(record["step"], number)
+
+    def _measured(self, number: StepNumbers) -> dict[str, Any]:
+        measured: dict[str, Any] = {
+            "loss": number.loss,
+            "grad_norm": number.grad_norm,
+            "loss_scale": number.loss_scale,
+            "target_tokens": self.target_tokens,
+            "loss_by_group": loss_by_group(number.sums),
+            "skipped": number.skipped,
+        }
+        return measured | ({"z_loss": number.z_loss} if self.config.loss.z_loss else {})
+
+    def _check_finite(self, step: int, number: StepNumbers) -> None:
+        """All ranks see the same numbers, so all of them raise."""
+        infinite = [name for name in ("loss", "grad_norm") if not abs(getattr(number, name)) < float("inf")]
+        if number.skipped or not infinite:
+            return
+        where = self.engine.first_bad_layer() or "no layer's output; the backward pass overflowed"
+        record = {"id": f"non-finite-{step}", "step": step, "from_sample": None, "kind": "non_finite"}
+        record |= {"seen": f"{' and '.join(infinite)} not finite, first in {where}", "action": "stopped"}
+        for observer in self.observers:
+            observer.on_event(record)
+        raise RunFailed(
+            f"step {step}: {record['seen']}. The checkpoints before it are whole: resume from one with resume.step, "
+            "and lower optimizer.lr or change precision"
+        )
+
+    def _validate(self) -> None:
+        if not self.config.evaluation.every_steps:
+            return
+        record = {"step": self.step, "consumed_samples": self.consumed_samples, **self.validation.run()}
+        self._validated_step = self.step
+        for observer in self.observers:
+            observer.on_validation(record)
+
+    def _save(self) -> None:
+        self._read_pending()
+        on_rank_zero(self.mesh, lambda: self.folder.flush() if self.folder is not None else None)
+        state = {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "trained_samples": self.trained_samples,
+            "target_tokens": self.target_tokens,
+            "data_plan": self.plan.to_list(),
+            "schedule": asdict(self.config.schedule),
+            "optimizer_steps": adam_steps(self.engine.deepspeed.optimizer),
+            "loss_scaler": self.engine.scaler_state(),
+        }
+        write.save(
+            self.engine,
+            self.run_dir,
+            self.step,
+            state,
+            config_yaml=self.yaml,
+            tokenizer=self.dataset.folder / "tokenizer",
+        )
+        self._saved_step = self.step
+        on_rank_zero(
+            self.mesh, lambda: write.prune(self.run_dir, self.config.saving.keep_last, self.config.saving.keep_every)
+        )
+
+    def _finish(self) -> None:
+        """Blanks filled from the last checkpoint, and the report; on rank 0."""
+        if self.folder is None:
+            return
+        if self.config.evaluation.every_steps and self.config.evaluation.blanks:
+            fills = fill_blanks(self.run_dir, self.held_out, self.config.evaluation.blanks, self.mesh.device)
+            self.folder.write_json("fills.json", fills)
+        if self.config.logging.report:
+            from train.report import write_report
+
+            print(f"report: {write_report(self.run_dir)}", flush=True)
+
+
+class _Signals:
+    """While it is open, SIGTERM and Ctrl-C ask the trainer to save and stop; a second one ends the process."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        if self._trainer.stop_signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._trainer.stop_signal = signal.Signals(number).name
+
+
+def _held_out(config: Config, dataset: Dataset) -> Sampler:
+    """The validation split's sampler."""
+    try:
+        return Sampler(
+            dataset,
+            config.data.sampling,
+            config.sequence_length,
+            seed=config.seed,
+            weighting=config.loss.weighting,
+            split="valid",
+        )
+    except DataError as error:
+        raise ConfigError(f"{error}; or set evaluation.every_steps=0") from error
