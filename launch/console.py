@@ -1,0 +1,164 @@
+"""One console for many ranks, and a log file for each.
+
+Rank 0's standard output passes through as it is; every other line goes to standard error, other ranks' with a
+`[rank N]` prefix. Standard error is held back for a second, a traceback for some more: when a rank fails, its peers
+fail a moment later with "Connection closed by peer", and only the first one's traceback is worth a reader's time.
+Everything is in the logs.
+"""
+
+import contextlib
+import re
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO, BinaryIO, NamedTuple
+
+HOLD_SECONDS = 1.0
+"""How long a line of standard error waits for the news that its rank failed because of another one."""
+HOLD_TRACEBACK_SECONDS = 6.0
+"""The same from a traceback on: a rank may take a while to end after it."""
+KEPT_LINES = 400
+"""Newest lines of a rank's standard error that are kept to judge a failure."""
+
+_TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ")
+_EXCEPTION = re.compile(r"^(\[rank\d+\]: )?[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
+_PEER = re.compile(
+    r"connection (was )?(closed|reset|aborted)|broken pipe|socket closed|remote process exited|ncclRemoteError"
+    r"|Timed out waiting .*(recv|send)|watchdog caught collective|application timeout caused pair closure",
+    re.IGNORECASE,
+)
+
+
+class _Line(NamedTuple):
+    time: float
+    rank: int
+    text: bytes
+    due: float = 0.0
+
+
+class Console:
+    """Readers of all ranks' pipes, the held lines, and the log files under `logs`."""
+
+    def __init__(self, logs: Path, *, out: BinaryIO | None = None, err: BinaryIO | None = None) -> None:
+        """logs: folder of rank_N.log. out, err: where lines go; default this process's standard streams."""
+        self._logs = logs
+        self._out = out or sys.stdout.buffer
+        self._err = err or sys.stderr.buffer
+        self._lock = threading.Lock()
+        self._held: dict[int, deque[_Line]] = {}
+        self._failing: set[int] = set()
+        self._tails: dict[int, deque[str]] = {}
+        self._files: dict[int, BinaryIO] = {}
+        self._readers: dict[int, list[threading.Thread]] = {}
+
+    def log_file(self, rank: int) -> Path:
+        """Where a rank's lines are kept."""
+        return self._logs / f"rank_{rank}.log"
+
+    def attach(self, rank: int, out: IO[bytes], err: IO[bytes]) -> None:
+        """Read a rank's pipes until they close. Its log is appended to: an earlier attempt's lines stay."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._files[rank] = open(self.log_file(rank), "ab", buffering=0)  # noqa: SIM115 - open as long as the rank
+        self._held[rank] = deque()
+        self._tails[rank] = deque(maxlen=KEPT_LINES)
+        self._log(rank, time.strftime("--- started %Y-%m-%d %H:%M:%S\n").encode())
+        self._readers[rank] = [
+            threading.Thread(target=self._read, args=(rank, pipe, is_error), name=f"rank-{rank}", daemon=True)
+            for pipe, is_error in ((out, False), (err, True))
+        ]
+        for reader in self._readers[rank]:
+            reader.start()
+
+    def drain(self, rank: int, seconds: float = 1.0) -> None:
+        """Wait until an ended rank's last lines are read; not for ever, for its own children may hold the pipes."""
+        deadline = time.monotonic() + seconds
+        for reader in self._readers.get(rank, []):
+            reader.join(max(0.0, deadline - time.monotonic()))
+
+    def release(self, *, everything: bool = False) -> None:
+        """Print held lines that have waited long enough, or all of them."""
+        now = time.monotonic()
+        with self._lock:
+            due = []
+            for rank, lines in self._held.items():
+                while lines and (everything or lines[0].due <= now):
+                    due.append(lines.popleft())
+                    # It outlived its traceback, which was somebody's way to log a warning.
+                    if not lines:
+                        self._failing.discard(rank)
+            for line in sorted(due, key=lambda line: line.time):
+                self._print(line)
+
+    def only(self, rank: int) -> None:
+        """Print the held lines of the rank that failed first, and drop the others'."""
+        with self._lock:
+            for line in self._held[rank]:
+                self._print(line)
+            for lines in self._held.values():
+                lines.clear()
+
+    def say(self, message: str) -> None:
+        """A line of the launcher's own."""
+        with self._lock:
+            self._write(self._err, f"launch: {message}\n".encode())
+
+    def last_error(self, rank: int) -> str:
+        """The last exception (or last line) of a rank's standard error, with what follows it; empty without any."""
+        with self._lock:
+            lines = [line for line in self._tails.get(rank, ()) if line.strip()]
+        for index in range(len(lines) - 1, -1, -1):
+            if _EXCEPTION.match(lines[index]):
+                return "\n".join(lines[index:])
+        return lines[-1] if lines else ""
+
+    def blames_a_peer(self, rank: int) -> bool:
+        """Whether a rank's last error only says that another rank went away."""
+        return bool(_PEER.search(self.last_error(rank)))
+
+    def close(self) -> None:
+        """Print what is held and close the logs."""
+        self.release(everything=True)
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def _read(self, rank: int, pipe: IO[bytes], is_error: bool) -> None:
+        with pipe:
+            for text in pipe:
+                with self._lock:
+                    self._log(rank, text)
+                    line = _Line(time.monotonic(), rank, text)
+                    if is_error:
+                        self._hold(line)
+                    elif rank == 0:
+                        self._write(self._out, text)
+                    else:
+                        self._print(line)
+
+    def _hold(self, line: _Line) -> None:
+        self._tails[line.rank].append(line.text.decode(errors="replace").rstrip("\n"))
+        if b"Traceback (most recent call last)" in line.text:
+            self._failing.add(line.rank)
+        seconds = HOLD_TRACEBACK_SECONDS if line.rank in self._failing else HOLD_SECONDS
+        self._held[line.rank].append(line._replace(due=line.time + seconds))
+
+    def _print(self, line: _Line) -> None:
+        # torch marks tracebacks with the rank itself once a process group is up.
+        text = _TORCH_PREFIX.sub(b"", line.text, count=1)
+        text = text if text.endswith(b"\n") else text + b"\n"
+        self._write(self._err, text if line.rank == 0 else f"[rank {line.rank}] ".encode() + text)
+
+    def _write(self, stream: BinaryIO, text: bytes) -> None:
+        # Where the terminal is gone (a closed ssh session) the run goes on; its logs are files.
+        with contextlib.suppress(OSError):
+            stream.write(text)
+            stream.flush()
+
+    def _log(self, rank: int, text: bytes) -> None:
+        # A full disk must not stop the ranks from here; they meet it themselves and say so.
+        with contextlib.suppress(OSError):
+            if rank in self._files:
+                self._files[rank].write(text)
