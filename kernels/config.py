@@ -20,7 +20,7 @@ class KernelsConfig:
     """Bias and rotary positions on the packed heads: auto | reference | compile | triton."""
 
     interval_attention: str = "auto"
-    """auto | reference | compile | triton | sdpa | flex | decomposed | unfused. Only `unfused` can run the softmax in
+    """auto | reference | compile | triton | sdpa | flex | unfused. Only `unfused` can run the softmax in
     half precision or with PB-Relax; it, `reference` and `sdpa` build a mask of sequence_length² elements."""
 
     linear_cross_entropy: str = "auto"

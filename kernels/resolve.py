@@ -84,25 +84,45 @@ class Operations:
     auto: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+CUDA = frozenset({"cuda"})
+FAST: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference")}  # what auto tries; elsewhere the reference
+
+
 def _pair(name: str, features: frozenset[str]) -> dict[str, Implementation]:
     target = f"kernels.{name}:{name}"
     return {"reference": Implementation(target, features), "compile": Implementation(target, features, compiled=True)}
+
+
+def _triple(name: str, features: frozenset[str]) -> dict[str, Implementation]:
+    ours = Implementation(f"kernels.{name}_triton:{name}", features, CUDA, HALF | {torch.float32}, needs="triton")
+    return {**_pair(name, features), "triton": ours}
 
 
 _ATTENTION = "kernels.interval_attention"
 _ATTENTION_FEATURES = frozenset({"dropout", "softcap", "lse", "max_logit", "deterministic"})
 
 TABLE: dict[str, Operations] = {
-    "residual_norm": Operations(_pair("residual_norm", frozenset({"dropout", "return_sum"}))),
-    "bias_activation": Operations(_pair("bias_activation", frozenset())),
-    "rotary": Operations(_pair("rotary", frozenset())),
+    "residual_norm": Operations(_triple("residual_norm", frozenset({"dropout", "return_sum"})), FAST),
+    "bias_activation": Operations(_triple("bias_activation", frozenset()), FAST),
+    "rotary": Operations(_triple("rotary", frozenset()), FAST),
     "embedding": Operations(_pair("embedding", frozenset())),
     "linear_cross_entropy": Operations(
-        _pair("linear_cross_entropy", frozenset({"tensor_parallel", "z_loss", "softcap"}))
+        _triple("linear_cross_entropy", frozenset({"tensor_parallel", "z_loss", "softcap"})), FAST
     ),
     "interval_attention": Operations(
         {
             **_pair("interval_attention", _ATTENTION_FEATURES),
+            "triton": Implementation(
+                f"{_ATTENTION}_triton:interval_attention",
+                _ATTENTION_FEATURES,
+                CUDA,
+                HALF | {torch.float32},
+                needs="triton",
+                switches=("deterministic",),
+            ),
+            "flex": Implementation(
+                f"{_ATTENTION}_flex:interval_attention", frozenset({"softcap", "lse"}), CUDA, HALF | {torch.float32}
+            ),
             "unfused": Implementation(
                 f"{_ATTENTION}:unfused_attention",
                 _ATTENTION_FEATURES | {"half_softmax", "pb_relax"},
@@ -110,7 +130,7 @@ TABLE: dict[str, Operations] = {
             ),
             "sdpa": Implementation(f"{_ATTENTION}:sdpa_attention", frozenset()),
         },
-        {"cpu": ("sdpa", "reference", "unfused"), "": ("sdpa", "reference", "unfused")},
+        {"cuda": ("triton", "reference", "unfused"), "": ("sdpa", "reference", "unfused")},
     ),
 }
 

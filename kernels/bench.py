@@ -1,0 +1,204 @@
+"""`python -m kernels.bench [operation …] [--output FOLDER]`: check every operation, then time it beside its peers.
+
+First each implementation against float64 on small odd shapes: RMS error ratio, out and every gradient, at most 1.1 × the
+reference's own error in bf16 (2 × on tensors under 10⁴ elements). Then times at full size: medians, element-wise
+operations from CUDA graphs (no launch gaps, every implementation alike), bytes as a share of the copy measured in the
+same run, products in TFLOP/s. One CSV an operation, with device, versions and command. A failed check ends with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.bench_cases import CASES, Case, Run
+
+
+def error_ratio(actual: Tensor, expected: Tensor) -> float:
+    """RMS error over RMS of the expected value; NaN never passes."""
+    expected = expected.double()
+    scale = expected.square().mean().sqrt()
+    return ((actual.double() - expected).square().mean().sqrt() / scale.clamp(min=1e-300)).item()
+
+
+def first(result: Any) -> Tensor:
+    """The differentiable output."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def outputs(run: Run, inputs: Sequence[Tensor], dout: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """[out, gradient of every input] and the output gradient used."""
+    out = first(run(inputs))
+    if dout is None:
+        generator = torch.Generator(out.device).manual_seed(9)
+        dout = torch.randn(out.shape, device=out.device, generator=generator, dtype=torch.float32).to(torch.bfloat16)
+    grads = torch.autograd.grad(out, list(inputs), dout.to(out.dtype).view(out.shape))
+    return [out.detach(), *grads], dout
+
+
+def check(case: Case) -> list[dict[str, Any]]:
+    """Error of every implementation against float64, beside the reference's in the same dtype."""
+    wide = [tensor.detach().double().requires_grad_() for tensor in case.inputs]
+    expected, dout = outputs(case.runs["reference"], wide, None)
+    own = [
+        error_ratio(a, e) for a, e in zip(outputs(case.runs["reference"], case.inputs, dout)[0], expected, strict=True)
+    ]
+    rows = []
+    for name, run in case.runs.items():
+        actual = outputs(run, case.inputs, dout)[0]
+        for index, (got, want, allowed) in enumerate(zip(actual, expected, own, strict=True)):
+            error, factor = error_ratio(got, want), 2.0 if want.numel() < 10_000 else 1.1
+            # a scalar loss is exact to float32 in the reference by luck of the draw: float32's own grain is the floor
+            ok = error <= factor * max(allowed, 2e-7)
+            what = "out" if index == 0 else f"gradient {index}"
+            rows.append(
+                {"op": case.op, "shape": case.shape, "implementation": name, "tensor": what, "error": f"{error:.3e}"}
+                | {"reference error": f"{allowed:.3e}", "passes": ok}
+            )
+    return rows
+
+
+def graph_time(function: Callable[[], object], repeats: int = 15, inner: int = 4) -> float:
+    """Median milliseconds of a call, replayed from a CUDA graph of `inner` calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(inner):
+            function()
+    return event_time(graph.replay, repeats) / inner
+
+
+def event_time(function: Callable[[], object], repeats: int = 15) -> float:
+    """Median milliseconds of a call, between device events."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_ceiling() -> float:
+    """Bytes a second of a large device-to-device copy, read + written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2.0 * 2**30 / (graph_time(lambda: target.copy_(source)) * 1e-3)
+
+
+def matmul_ceiling() -> float:
+    """Operations a second of an 8192³ bf16 product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2.0 * 8192**3 / (event_time(lambda: a @ b) * 1e-3)
+
+
+def measure(case: Case, ceiling: float) -> list[dict[str, Any]]:
+    """Times of every implementation and peer, forward alone and with the backward."""
+    timed = {name: (case.inputs, run, case.work) for name, run in case.runs.items()} | case.extra
+    clock = graph_time if case.unit == "bytes" else event_time
+    rows = []
+    for name, (inputs, run, work) in timed.items():
+        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "implementation": name}
+        try:
+            dout = torch.randn_like(first(run(inputs)))
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(first(run(inputs)), inputs, dout)
+            torch.cuda.synchronize()
+            row["peak GiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
+
+            def forward(run: Run = run, inputs: list[Tensor] = inputs) -> None:
+                with torch.no_grad():
+                    run(inputs)
+
+            def both(run: Run = run, inputs: list[Tensor] = inputs, dout: Tensor = dout) -> None:
+                torch.autograd.grad(first(run(inputs)), inputs, dout)
+
+            for label, function, amount in (("forward", forward, work[0]), ("forward + backward", both, work[1])):
+                seconds = clock(function) * 1e-3
+                row[f"{label} us"] = round(seconds * 1e6, 1)
+                if case.unit == "bytes":
+                    row[f"{label} % of copy"] = round(100 * amount / seconds / ceiling, 1)
+                else:
+                    row[f"{label} TFLOP/s"] = round(amount / seconds / 1e12, 1)
+        except (RuntimeError, ValueError) as error:  # a peer may not run here; ours are checked before
+            row["error"] = str(error).splitlines()[0][:120]
+        rows.append(row)
+        print(" | ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]], header: list[str]) -> None:
+    """A CSV with `# ` lines about the run before it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {line}\n" for line in header)
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("operations", nargs="*", default=[], help=f"any of {', '.join(CASES)}; all without")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the CSV files")
+    parser.add_argument("--check-only", action="store_true", help="correctness alone")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.operations) - set(CASES))
+    if unknown:
+        parser.error(f"no such operation: {', '.join(unknown)}; use {', '.join(CASES)}")
+    if not torch.cuda.is_available():
+        print("kernels.bench needs a CUDA device", file=sys.stderr)
+        return 2
+    import triton
+
+    header = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"]
+    header.append(
+        f"python {platform.python_version()}, command: python -m kernels.bench {' '.join(sys.argv[1:])}".strip()
+    )
+    failed = 0
+    operations = arguments.operations or list(CASES)
+    for op in operations:
+        checked = [row for case in CASES[op](True) for row in check(case)]
+        write(arguments.output / f"{op}_errors.csv", checked, header)
+        wrong = [row for row in checked if not row["passes"]]
+        failed += len(wrong)
+        print(f"{op}: {len(checked)} tensors checked against float64, {len(wrong)} beyond the bound", flush=True)
+        for row in wrong:
+            print("   ", row, flush=True)
+    if not arguments.check_only:
+        copy, matmul = copy_ceiling(), matmul_ceiling()
+        header.append(f"ceilings here: copy {copy / 1e9:.0f} GB/s, 8192^3 bf16 product {matmul / 1e12:.0f} TFLOP/s")
+        print(header[-1], flush=True)
+        for op in operations:
+            rows = []
+            for case in CASES[op](False):
+                rows += measure(case, copy)
+            write(arguments.output / f"{op}.csv", rows, header)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

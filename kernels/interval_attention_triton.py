@@ -1,0 +1,211 @@
+"""Interval attention by the Triton kernels of `interval_attention_kernels.py`: tiles, launches, autograd.
+
+Maths, arguments and the reference are in `interval_attention.py`. Least work, of the A visible (query, key, head)
+triples: forward 4·D·A operations, backward 10·D·A.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton kernels and what torch.library calls back take no annotations
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.interval_attention import check
+from kernels.interval_attention_kernels import (
+    _delta_kernel,
+    _dkv_kernel,
+    _dq_kernel,
+    _forward_kernel,
+    _plan_kernel,
+)
+from kernels.random import Dropout, active
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys a block, warps a program, stages of the load pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels, and whether dQ is made in the dK dV pass (atomics) or in its own."""
+
+    forward: Tile
+    dkv: Tile
+    dq: Tile
+    fuse_dq: bool
+
+
+# found by sweeps on an H100 (docs/kernels.md)
+TILES = {
+    64: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), True),
+    128: Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), True),
+}
+SMALL = Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), True)  # float32, or other head dims
+
+
+def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The tiles for a head size."""
+    return SMALL if dtype == torch.float32 else TILES.get(head_dim, SMALL)
+
+
+def _scalars(scale: float, softcap: float, key: int, first_head: int, probability: float) -> tuple[float | int, ...]:
+    return scale, softcap, key, first_head, 1.0 / (1.0 - probability)
+
+
+def _switches(q: Tensor, keys: int, tile: Tile, softcap: float, probability: float) -> dict[str, int | bool]:
+    return {
+        "D": q.shape[-1],
+        "BM": tile.queries,
+        "BN": tile.keys,
+        "SOFTCAP": softcap != 0.0,
+        "THRESHOLD": min(round(probability * 2**32), 2**32 - 1),
+        "ALIGNED": keys % 4 == 0,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+@torch.library.custom_op("tiankong::interval_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, attend_from: Tensor, attend_to: Tensor, samples: Tensor | None,
+    scale: float, softcap: float, key: int, first_head: int, probability: float, want_max: bool, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, lse, and the largest logit of each head (empty unless wanted)."""
+    batch, queries, heads, dim = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    tile = tiles_for(dim, q.dtype).forward
+    blocks = triton.cdiv(queries, tile.queries)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    tops = torch.empty(batch, heads, blocks if want_max else 0, dtype=torch.float32, device=q.device)
+    if out.numel():
+        _forward_kernel[(blocks, batch * heads)](
+            q, k, v, attend_from, attend_to, samples, out, lse, tops, heads, heads // kv_heads, queries, keys,
+            *_strides(q, k, v), *_scalars(scale, softcap, key, first_head, probability),
+            WANT_MAX=want_max, **_switches(q, keys, tile, softcap, probability),
+        )  # fmt: skip
+    return out, lse, tops.amax(dim=(0, 2)) if want_max else tops.new_empty(0)
+
+
+@_forward.register_fake
+def _(q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head, probability, want_max, deterministic):
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32),
+        q.new_empty(q.shape[2] if want_max else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("tiankong::interval_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, attend_from: Tensor, attend_to: Tensor, samples: Tensor | None,
+    out: Tensor, lse: Tensor,
+    scale: float, softcap: float, key: int, first_head: int, probability: float, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, queries, heads, dim = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    tiles = tiles_for(dim, q.dtype)
+    fuse = tiles.fuse_dq and not deterministic
+    dq = torch.empty(q.shape, dtype=torch.float32 if fuse else q.dtype, device=q.device)
+    if fuse:
+        dq.zero_()
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    delta = torch.empty_like(lse)
+    rows = batch * queries * heads
+    _delta_kernel[(triton.cdiv(rows, 32),)](out, dout, delta, rows, heads, queries, D=dim, BR=32, num_warps=4)
+    scalars = _scalars(scale, softcap, key, first_head, probability)
+    tile = tiles.dkv
+    blocks = triton.cdiv(keys, tile.keys)
+    plan = torch.empty(batch, blocks, 4, dtype=torch.int32, device=q.device)
+    query_blocks = triton.next_power_of_2(triton.cdiv(queries, tile.queries))
+    _plan_kernel[(blocks, batch)](
+        attend_from, attend_to, plan, queries, keys, NQ=query_blocks, BM=tile.queries, BN=tile.keys, num_warps=4
+    )
+    _dkv_kernel[(blocks, batch * kv_heads)](
+        q, k, v, attend_from, attend_to, samples, dout, dq, dk, dv, lse, delta, plan, heads, kv_heads, queries, keys,
+        *_strides(q, k, v), *scalars,
+        GROUP=heads // kv_heads, FUSE_DQ=fuse, **_switches(q, keys, tile, softcap, probability),
+    )  # fmt: skip
+    if fuse:
+        return torch.mul(dq, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device)), dk, dv
+    tile = tiles.dq
+    _dq_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
+        q, k, v, attend_from, attend_to, samples, dout, dq, lse, delta, heads, heads // kv_heads, queries, keys,
+        *_strides(q, k, v), *scalars, **_switches(q, keys, tile, softcap, probability),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(dout, q, k, v, *others):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head, probability, _, deterministic = inputs
+    out, lse, tops = output
+    ctx.save_for_backward(q, k, v, attend_from, attend_to, samples, out, lse)
+    ctx.options = (scale, softcap, key, first_head, probability, deterministic)
+    ctx.mark_non_differentiable(lse, tops)
+
+
+def _derivative(ctx, dout, _lse, _tops):
+    dq, dk, dv = _backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, *(None,) * 10
+
+
+_forward.register_autograd(_derivative, setup_context=_setup)
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attend_from: Tensor,
+    attend_to: Tensor,
+    *,
+    scale: float,
+    alpha: float = 1.0,
+    softcap: float = 0.0,
+    dropout: Dropout | None = None,
+    want_max_logit: bool = False,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Interval attention by the Triton kernels; see `kernels.interval_attention.interval_attention`.
+
+    q, k, v: any strides whose last is 1 (slices of a packed projection need no copy); head_dim one of HEAD_DIMS.
+    alpha changes nothing: scores are float32. deterministic: dQ in its own pass, in a fixed order.
+    """
+    check(q, k, v, attend_from, attend_to, softcap, dropout)
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"interval_attention: head_dim={q.shape[-1]}; the Triton kernel takes {HEAD_DIMS}")
+    dropout = active(dropout)
+    samples, key, first_head, probability = None, 0, 0, 0.0
+    if dropout is not None:
+        samples, key, first_head = dropout.sample_index.contiguous(), dropout.key, dropout.offset
+        probability = dropout.probability
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    out, lse, tops = _forward(
+        q, k, v, attend_from.contiguous(), attend_to.contiguous(), samples,
+        scale, softcap, key, first_head, probability, want_max_logit, deterministic,
+    )  # fmt: skip
+    return out, lse, tops if want_max_logit else None

@@ -1,0 +1,361 @@
+"""Residual + norm in Triton; maths, arguments and the reference are in `residual_norm.py`.
+
+One pass forward (reads x, f; writes out) and one backward (reads x, f, dout; writes dx, df). A program walks over rows;
+in the backward it keeps the column sums of its rows (bias, weight, norm_bias gradients) in registers and writes them
+once, and a small kernel adds the programs' parts up in a fixed order. The sum is computed again from x and f rather
+than stored: the same bytes (5 + 3 against 4 + 4), and exact. A row is held as two powers of two, so that hidden 12288
+is 8192 + 4096 and nothing idles.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton kernels and what torch.library calls back take no annotations
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.random import Dropout, active
+from kernels.residual_norm import check
+from kernels.shared_triton import column_sums, keep_run, multiprocessors, pieces
+
+
+@triton.jit
+def _piece(
+    x, f, bias, row, sample, element, key, alpha, keep_scale,
+    H: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """One piece of a row of α·x + drop(f + bias): (values, factor that f's gradient gets, mask)."""
+    column = START + tl.arange(0, BLOCK)
+    mask = column < H
+    at = row * H + column
+    total = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * alpha
+    factor = total * 0 + 1.0
+    if HAS_F:
+        branch = tl.load(f + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            branch += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        if THRESHOLD > 0:
+            keep = keep_run(key, sample, element + START, THRESHOLD, BLOCK, H % 4 == 0)
+            factor = tl.where(keep, keep_scale, 0.0)
+            branch *= factor
+        total += branch
+    return total, factor, mask
+
+
+@triton.jit
+def _normed(
+    total, mean, rstd, weight, norm_bias,
+    START: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    column = START + tl.arange(0, BLOCK)
+    mask = column < H
+    y = (total - mean) * rstd * tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        y += tl.load(norm_bias + column, mask=mask, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _forward_kernel(
+    x, f, bias, weight, norm_bias, samples, out, sums, means, rstds, rows, positions, first_position, key,
+    alpha, eps, keep_scale,
+    H: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.full([], 0, tl.int64) + index  # int64 offsets; plain in the interpreter too
+        sample, element = row * 0, row * 0
+        if THRESHOLD > 0:
+            sample = tl.load(samples + row // positions)
+            element = (first_position + row % positions) * H
+        a, _, mask_a = _piece(
+            x, f, bias, row, sample, element, key, alpha, keep_scale, H, 0, A, HAS_F, HAS_BIAS, THRESHOLD
+        )
+        column_a = tl.arange(0, A)
+        mean = 0.0
+        if B > 0:
+            b, _, mask_b = _piece(
+                x, f, bias, row, sample, element, key, alpha, keep_scale, H, A, B, HAS_F, HAS_BIAS, THRESHOLD
+            )
+            column_b = A + tl.arange(0, B)
+        if not RMS:
+            mean = tl.sum(tl.where(mask_a, a, 0.0), 0)
+            if B > 0:
+                mean += tl.sum(tl.where(mask_b, b, 0.0), 0)
+            mean = mean / H
+        centred = tl.where(mask_a, a - mean, 0.0)
+        square = tl.sum(centred * centred, 0)
+        if B > 0:
+            centred_b = tl.where(mask_b, b - mean, 0.0)
+            square += tl.sum(centred_b * centred_b, 0)
+        rstd = 1.0 / tl.sqrt(square / H + eps)
+        if not RMS:
+            tl.store(means + row, mean)
+        tl.store(rstds + row, rstd)
+        y = _normed(a, mean, rstd, weight, norm_bias, 0, A, H, HAS_SHIFT)
+        tl.store(out + row * H + column_a, y, mask=mask_a)
+        if WANT_SUM:
+            tl.store(sums + row * H + column_a, a, mask=mask_a)
+        if B > 0:
+            y = _normed(b, mean, rstd, weight, norm_bias, A, B, H, HAS_SHIFT)
+            tl.store(out + row * H + column_b, y, mask=mask_b)
+            if WANT_SUM:
+                tl.store(sums + row * H + column_b, b, mask=mask_b)
+
+
+@triton.jit
+def _gradient(dout, weight, row, total, mean, rstd, mask, START: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr):
+    """(dout, weight · dout, normalised) of a piece, zero outside the row."""
+    column = START + tl.arange(0, BLOCK)
+    dy = tl.load(dout + row * H + column, mask=mask, other=0.0).to(tl.float32)
+    wdy = dy * tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    return dy, wdy, tl.where(mask, (total - mean) * rstd, 0.0)
+
+
+@triton.jit
+def _write(
+    dx, df, dsums, row, wdy, hat, c1, c2, rstd, factor, alpha, mask,
+    START: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, HAS_F: tl.constexpr, WANT_SUM: tl.constexpr,
+):  # fmt: skip
+    """Store dx and df of a piece; returns df in float32, zero outside the row."""
+    column = START + tl.arange(0, BLOCK)
+    ds = rstd * (wdy - c1 - hat * c2)
+    if WANT_SUM:
+        ds += tl.load(dsums + row * H + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + row * H + column, alpha * ds, mask=mask)
+    ds = tl.where(mask, ds * factor, 0.0)
+    if HAS_F:
+        tl.store(df + row * H + column, ds, mask=mask)
+    return ds
+
+
+@triton.jit
+def _backward_kernel(
+    x, f, bias, weight, samples, dout, dsums, dx, df, part, means, rstds, rows, positions, first_position, key,
+    alpha, keep_scale,
+    H: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """part: float32 [programs, 3, H], the program's sums of dout · normalised, dout and df."""
+    scale_a = tl.zeros([A], tl.float32)
+    shift_a = tl.zeros([A], tl.float32)
+    bias_a = tl.zeros([A], tl.float32)
+    if B > 0:
+        scale_b = tl.zeros([B], tl.float32)
+        shift_b = tl.zeros([B], tl.float32)
+        bias_b = tl.zeros([B], tl.float32)
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.full([], 0, tl.int64) + index  # int64 offsets; plain in the interpreter too
+        sample, element = row * 0, row * 0
+        if THRESHOLD > 0:
+            sample = tl.load(samples + row // positions)
+            element = (first_position + row % positions) * H
+        rstd = tl.load(rstds + row)
+        mean = 0.0
+        if not RMS:
+            mean = tl.load(means + row)
+        total, factor, mask = _piece(
+            x, f, bias, row, sample, element, key, alpha, keep_scale, H, 0, A, HAS_F, HAS_BIAS, THRESHOLD
+        )
+        dy, wdy, hat = _gradient(dout, weight, row, total, mean, rstd, mask, 0, A, H)
+        c1 = tl.sum(wdy, 0)
+        c2 = tl.sum(wdy * hat, 0)
+        scale_a += dy * hat
+        if not RMS:
+            shift_a += dy
+        if B > 0:
+            total_b, factor_b, mask_b = _piece(
+                x, f, bias, row, sample, element, key, alpha, keep_scale, H, A, B, HAS_F, HAS_BIAS, THRESHOLD
+            )
+            dy_b, wdy_b, hat_b = _gradient(dout, weight, row, total_b, mean, rstd, mask_b, A, B, H)
+            c1 += tl.sum(wdy_b, 0)
+            c2 += tl.sum(wdy_b * hat_b, 0)
+            scale_b += dy_b * hat_b
+            if not RMS:
+                shift_b += dy_b
+        c1 = c1 / H
+        if RMS:
+            c1 = 0.0
+        c2 = c2 / H
+        ds = _write(dx, df, dsums, row, wdy, hat, c1, c2, rstd, factor, alpha, mask, 0, A, H, HAS_F, WANT_SUM)
+        if HAS_BIAS:
+            bias_a += ds
+        if B > 0:
+            ds_b = _write(
+                dx, df, dsums, row, wdy_b, hat_b, c1, c2, rstd, factor_b, alpha, mask_b, A, B, H, HAS_F, WANT_SUM
+            )
+            if HAS_BIAS:
+                bias_b += ds_b
+    base = part + tl.program_id(0).to(tl.int64) * 3 * H
+    column = tl.arange(0, A)
+    tl.store(base + column, scale_a, mask=column < H)
+    if not RMS:
+        tl.store(base + H + column, shift_a, mask=column < H)
+    if HAS_BIAS:
+        tl.store(base + 2 * H + column, bias_a, mask=column < H)
+    if B > 0:
+        column_b = A + tl.arange(0, B)
+        tl.store(base + column_b, scale_b, mask=column_b < H)
+        if not RMS:
+            tl.store(base + H + column_b, shift_b, mask=column_b < H)
+        if HAS_BIAS:
+            tl.store(base + 2 * H + column_b, bias_b, mask=column_b < H)
+
+
+def launch_shape(hidden: int, backward: bool) -> tuple[int, int]:
+    """(warps a program, programs a multiprocessor) by row length."""
+    if backward:
+        if hidden <= 1024:
+            return 4, 8
+        if hidden <= 4096:
+            return 8, 3
+        return (16, 1)
+    if hidden <= 1024:
+        return 2, 16
+    if hidden <= 4096:
+        return 4, 8
+    return (16, 2)
+
+
+def _options(
+    hidden: int, f: Tensor | None, bias: Tensor | None, rms: bool, want_sum: bool, probability: float
+) -> dict[str, int | bool]:
+    a, b = pieces(hidden)
+    return {
+        "H": hidden,
+        "A": a,
+        "B": b,
+        "HAS_F": f is not None,
+        "HAS_BIAS": bias is not None,
+        "RMS": rms,
+        "WANT_SUM": want_sum,
+        "THRESHOLD": min(round(probability * 2**32), 2**32 - 1),
+    }
+
+
+@torch.library.custom_op("tiankong::residual_norm", mutates_args=())
+def _forward(
+    x: Tensor, f: Tensor | None, bias: Tensor | None, weight: Tensor, norm_bias: Tensor | None,
+    samples: Tensor | None, key: int, first_position: int, probability: float, alpha: float, eps: float,
+    rms: bool, want_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, sum (empty unless wanted), mean (empty for RMS) and 1/√(var + ε) of every row."""
+    hidden, rows = x.shape[-1], x.numel() // x.shape[-1]
+    out = torch.empty_like(x)
+    sums = torch.empty_like(x) if want_sum else x.new_empty(0)
+    mean = torch.empty(0 if rms else rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    warps, each = launch_shape(hidden, backward=False)
+    positions = x.shape[-2] if x.dim() > 1 else 1
+    if rows:
+        _forward_kernel[(min(rows, each * multiprocessors(x.device)),)](
+            x, f, bias, weight, norm_bias, samples, out, sums, mean, rstd, rows, positions, first_position, key,
+            alpha, eps, 1.0 / (1.0 - probability),
+            HAS_SHIFT=norm_bias is not None, **_options(hidden, f, bias, rms, want_sum, probability), num_warps=warps,
+        )  # fmt: skip
+    return out, sums, mean, rstd
+
+
+@_forward.register_fake
+def _(x, f, bias, weight, norm_bias, samples, key, first_position, probability, alpha, eps, rms, want_sum):
+    rows = x.numel() // x.shape[-1]
+    stats = x.new_empty(rows, dtype=torch.float32)
+    return (
+        torch.empty_like(x),
+        torch.empty_like(x) if want_sum else x.new_empty(0),
+        x.new_empty(0, dtype=torch.float32) if rms else stats,
+        torch.empty_like(stats),
+    )
+
+
+@torch.library.custom_op("tiankong::residual_norm_backward", mutates_args=())
+def _backward(
+    dout: Tensor, dsums: Tensor | None, x: Tensor, f: Tensor | None, bias: Tensor | None, weight: Tensor,
+    samples: Tensor | None, mean: Tensor, rstd: Tensor, key: int, first_position: int, probability: float,
+    alpha: float, rms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, df (empty without f) and float32 [3, hidden]: the gradients of weight, norm_bias and bias."""
+    hidden, rows = x.shape[-1], x.numel() // x.shape[-1]
+    dx = torch.empty_like(x)
+    df = torch.empty_like(x) if f is not None else x.new_empty(0)
+    warps, each = launch_shape(hidden, backward=True)
+    programs = min(rows, each * multiprocessors(x.device))
+    positions = x.shape[-2] if x.dim() > 1 else 1
+    if not rows:
+        return dx, df, torch.zeros(3, hidden, dtype=torch.float32, device=x.device)
+    part = torch.empty(programs, 3, hidden, dtype=torch.float32, device=x.device)
+    _backward_kernel[(programs,)](
+        x, f, bias, weight, samples, dout, dsums, dx, df, part, mean, rstd, rows, positions, first_position, key,
+        alpha, 1.0 / (1.0 - probability),
+        **_options(hidden, f, bias, rms, dsums is not None, probability), num_warps=warps,
+    )  # fmt: skip
+    return dx, df, column_sums(part)
+
+
+@_backward.register_fake
+def _(dout, dsums, x, f, bias, weight, samples, mean, rstd, key, first_position, probability, alpha, rms):
+    return (
+        torch.empty_like(x),
+        torch.empty_like(x) if f is not None else x.new_empty(0),
+        x.new_empty(3, x.shape[-1], dtype=torch.float32),
+    )
+
+
+def _setup(ctx, inputs, output):
+    x, f, bias, weight, norm_bias, samples, key, first_position, probability, alpha, _, rms, want_sum = inputs
+    _, _, mean, rstd = output
+    ctx.save_for_backward(x, f, bias, weight, samples, mean, rstd)
+    ctx.options = (key, first_position, probability, alpha, rms)
+    ctx.want_sum, ctx.shift_dtype = want_sum, None if norm_bias is None else norm_bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _derivative(ctx, dout, dsums, _mean, _rstd):
+    x, f, bias, weight, samples, mean, rstd = ctx.saved_tensors
+    dout = torch.zeros_like(x) if dout is None else dout.contiguous()
+    dsums = dsums.contiguous() if ctx.want_sum and dsums is not None else None
+    dx, df, columns = _backward(dout, dsums, x, f, bias, weight, samples, mean, rstd, *ctx.options)
+    return (
+        dx,
+        None if f is None else df,
+        None if bias is None else columns[2].to(bias.dtype),
+        columns[0].to(weight.dtype),
+        None if ctx.shift_dtype is None else columns[1].to(ctx.shift_dtype),
+        *(None,) * 8,
+    )
+
+
+_forward.register_autograd(_derivative, setup_context=_setup)
+
+
+def residual_norm(
+    x: Tensor,
+    f: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    *,
+    alpha: float = 1.0,
+    eps: float = 1e-5,
+    kind: str = "layernorm",
+    dropout: Dropout | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """norm(α·x + drop(f + bias)) by the Triton kernels; see `kernels.residual_norm.residual_norm`."""
+    check(x, f, bias, weight, norm_bias, kind, dropout)
+    dropout = active(dropout)
+    samples, key, first, probability = None, 0, 0, 0.0
+    if dropout is not None:
+        samples, key, first = dropout.sample_index.contiguous(), dropout.key, dropout.offset
+        probability = dropout.probability
+    vectors = (None if bias is None else bias.contiguous(), weight.contiguous())
+    shift = None if norm_bias is None else norm_bias.contiguous()
+    out, sums, _, _ = _forward(
+        x.contiguous(), None if f is None else f.contiguous(), *vectors, shift, samples, key, first, probability,
+        alpha, eps, kind == "rmsnorm", return_sum,
+    )  # fmt: skip
+    return (out, sums) if return_sum else out
