@@ -35,9 +35,10 @@ def main(config: PrepConfig) -> int:
     console.print(summary_table(manifest))
     folder = Path(config.data.path)
     if reused:
-        console.print(f"{folder} is complete and was made with the same settings: kept as it is", soft_wrap=True)
+        last = f"{folder} is complete and was made with the same settings: kept as it is"
     else:
-        console.print(f"{folder} is ready; {folder / 'report.html'} tells more", soft_wrap=True)
+        last = f"{folder} is ready; {folder / 'report.html'} tells more"
+    console.print(last, soft_wrap=True, markup=False)
     return 0
 
 

@@ -16,12 +16,14 @@ REASONS = {
     "empty": "nothing is left after cleaning",
     "too_short": "fewer characters than data.min_characters",
     "too_long": "more characters than data.max_characters",
-    "unreadable": "over 1 % of the characters are U+FFFD or control characters",
+    "unreadable": "over 1 % of the characters are U+FFFD, control characters or half surrogates",
     "duplicate": "equal to an earlier document but for white space",
 }
 """Why a document is kept aside, by the name used in reports and in rejected/."""
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffd]")
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffd\ud800-\udfff]"
+)
 _NEWLINES = re.compile("\r\n?|\u2028|\u2029|\x85")
 _TRAILING = re.compile(r"[ \t\u3000\xa0]+\n")
 _BLANK_LINES = re.compile(r"\n{3,}")

@@ -71,7 +71,7 @@ def quotas(shares: Sequence[float], period: int) -> tuple[int, ...]:
         raise ConfigError(f"mixture shares {list(shares)} must be numbers ≥ 0, not all 0")
     if positive > period:
         raise ConfigError(f"data.sampling.mixture_period={period} is less than the {positive} sources; raise it")
-    exact = [Fraction(share).limit_denominator(10**12) for share in shares]
+    exact = [Fraction(share) for share in shares]
     total = sum(exact)
     wanted = [share * period / total for share in exact]
     counts = [max(int(share), 1 if share > 0 else 0) for share in wanted]

@@ -55,7 +55,7 @@ def rejections(manifest: Manifest) -> list[tuple[str, str, str, str]]:
 def summary_table(manifest: Manifest) -> RenderableType:
     """Documents, characters and tokens of each source and language, and what was rejected and why."""
     title = f"{manifest.tokenizer['pieces']:,} pieces · valid and test in tokens"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = _table(title)
     for number, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if number < 2 else "right", no_wrap=number > 0)
     streams = len(manifest.sources)
@@ -64,12 +64,16 @@ def summary_table(manifest: Manifest) -> RenderableType:
     refused = rejections(manifest)
     if not refused:
         return Group(table, "rejected: none")
-    second = Table(title="rejected (kept in rejected/)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    second = _table("rejected (kept in rejected/)")
     for column in ("source", "reason", "documents", "meaning"):
         second.add_column(column, justify="right" if column == "documents" else "left")
     for line in refused:
         second.add_row(*line)
     return Group(table, second)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def html_report(manifest: Manifest) -> str:

@@ -80,6 +80,8 @@ class Rejected:
     line: int
     reason: str
     detail: str = ""
+    text: str = ""
+    """What was there, as far as it can be shown."""
 
 
 def resolve_sources(config: DataConfig) -> list[Source]:
@@ -280,15 +282,24 @@ def _read_json_lines(path: Path, source: Source, config: DataConfig) -> Iterator
         try:
             fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
-            yield Rejected(str(path), number, "broken_utf8", f"byte {error.start}: {error.reason}")
+            yield _refused(path, number, "broken_utf8", f"byte {error.start}: {error.reason}", line)
             continue
         except (json.JSONDecodeError, RecursionError) as error:
-            yield Rejected(str(path), number, "bad_json", str(error))
+            yield _refused(path, number, "bad_json", str(error), line)
             continue
         if not isinstance(fields, dict):
-            yield Rejected(str(path), number, "bad_json", f"a JSON {type(fields).__name__}, not an object")
+            yield _refused(path, number, "bad_json", f"a JSON {type(fields).__name__}, not an object", line)
             continue
         yield _document(fields, source, config, str(path), number)
+
+
+def _plain(value: object) -> str:
+    """Text that can be written as UTF-8: JSON may hold half surrogates."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _refused(path: Path, number: int, reason: str, detail: str, line: bytes) -> Rejected:
+    return Rejected(str(path), number, reason, detail, line.decode("utf-8", "replace"))
 
 
 def _document(
@@ -299,11 +310,12 @@ def _document(
         known = ", ".join(map(str, fields)) or "none"
         return Rejected(file, number, "missing_text", f"no string in field '{source.text_field}'; fields are {known}")
     lang = source.lang or fields.get(config.lang_field)
+    licence = source.licence or fields.get("licence") or fields.get("license")
     return Document(
-        id=str(fields.get(config.id_field) or f"{Path(file).name}/{number}"),
+        id=_plain(fields.get(config.id_field) or f"{Path(file).name}/{number}"),
         text=text,
         lang=None if not lang else language_code(str(lang)),
-        licence=source.licence or fields.get("licence") or fields.get("license"),
+        licence=None if not licence else _plain(licence),
         file=file,
         line=number,
     )
@@ -319,7 +331,7 @@ def _read_text(path: Path, source: Source, config: DataConfig) -> Iterator[Docum
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            yield Rejected(str(path), number, "broken_utf8", f"byte {error.start}: {error.reason}")
+            yield _refused(path, number, "broken_utf8", f"byte {error.start}: {error.reason}", line)
             continue
         if config.text_documents == "line":
             if text.strip():

@@ -46,6 +46,11 @@ def train_tokenizer(pieces_of_text: Iterable[str], config: TokenizerConfig) -> T
     for line in lines:
         characters.update(line)
     total = sum(characters.values())
+    kept = covered_characters(characters, config)
+    if len(kept) < len(characters):
+        # SentencePiece refuses a coverage under 0.98, so the rare characters are cut out of its text instead.
+        rare = re.compile("[" + re.escape("".join(sorted(set(characters) - kept))) + "]+")
+        lines = [part for line in lines for part in rare.split(line) if part]
     if total < 1000:
         raise DataError(f"{total} characters are too few to train a tokenizer; add text, or give tokenizer.path")
     model = io.BytesIO()
@@ -56,7 +61,7 @@ def train_tokenizer(pieces_of_text: Iterable[str], config: TokenizerConfig) -> T
             model_type="unigram",
             vocab_size=config.vocab_size,
             hard_vocab_limit=False,
-            character_coverage=coverage_that_fits(characters, config),
+            character_coverage=1.0,
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -78,9 +83,16 @@ def train_tokenizer(pieces_of_text: Iterable[str], config: TokenizerConfig) -> T
     return Tokenizer(model.getvalue())
 
 
-def coverage_that_fits(characters: Counter[str], config: TokenizerConfig) -> float:
-    """The configured character coverage, lowered so that single characters take at most half of the free pieces."""
+def covered_characters(characters: Counter[str], config: TokenizerConfig) -> set[str]:
+    """The characters that get a piece of their own: the commonest ones, up to the configured part of the text, and at
+    most half of the free pieces."""
     room = max(1, (config.vocab_size - _FIXED_PIECES) // 2)
-    total = sum(characters.values())
-    covered = sum(count for _, count in characters.most_common(room))
-    return config.character_coverage if len(characters) <= room else min(config.character_coverage, covered / total)
+    wanted = config.character_coverage * sum(characters.values())
+    kept: set[str] = set()
+    covered = 0
+    for character, count in sorted(characters.items(), key=lambda item: (-item[1], item[0]))[:room]:
+        if covered >= wanted:
+            break
+        kept.add(character)
+        covered += count
+    return kept
