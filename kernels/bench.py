@@ -1,9 +1,9 @@
 """`python -m kernels.bench [operation …] [--output FOLDER]`: check every operation, then time it beside its peers.
 
-First each implementation against float64 on small odd shapes: RMS error ratio, out and every gradient, at most 1.1 × the
-reference's own error in bf16 (2 × on tensors under 10⁴ elements). Then times at full size: medians, element-wise
+First each implementation against float64 on small odd shapes: RMS error ratio, out and every gradient, at most 1.1 times
+the reference's own error in bf16 (twice on tensors under 10⁴ elements). Then times at full size: medians, element-wise
 operations from CUDA graphs (no launch gaps, every implementation alike), bytes as a share of the copy measured in the
-same run, products in TFLOP/s. One CSV an operation, with device, versions and command. A failed check ends with status 1.
+same run, products in TFLOP/s. One CSV an operation, with device, versions, command. A failed check ends with status 1.
 """
 
 from __future__ import annotations

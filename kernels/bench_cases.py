@@ -1,4 +1,4 @@
-"""What `python -m kernels.bench` measures: per operation its inputs, implementations, peers, and least possible work."""
+"""What `python -m kernels.bench` measures: inputs, implementations, peers and least work of each operation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BF16 = torch.bfloat16
 class Case:
     """One operation at one shape.
 
-    inputs: leaves that require grad. runs: implementation → function of the inputs giving a tensor or a tuple whose first
-    is differentiated. reference: the same in float64 for the check. work: (forward, forward + backward), bytes or
-    operations by `unit`. extra: peers with another mask, timed but not checked.
+    inputs: leaves that require grad. runs: implementation → function of the inputs giving a tensor, or a tuple whose
+    first is differentiated; the check needs `reference`, which it also runs in float64. work: (forward, forward +
+    backward), bytes or operations by `unit`. extra: peers with another mask, timed but not checked.
     """
 
     op: str
@@ -191,7 +191,8 @@ def _vendor_masks(
 
     def run(tensors: Sequence[Tensor], causal: bool) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal)
+            q, k, v = tensors
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     return {
         f"cudnn {name}": (leaves, partial(run, causal=causal), (4.0 * dim * full * part, 14.0 * dim * full * part))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep import cli
-from data_prep.errors import ConfigError
+from data_prep.errors import EXIT_CONFIG, ConfigError
 from train.cli import ALIASES
 from train.config import Config
 from train.rules import check
@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None, *, module: str = "train") -> int:
     any other status as the ranks ended.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if "-m" in words or "--multirun" in words:
+        # Refused before Hydra writes its multirun.yaml.
+        print("launch: --multirun is one process a run: use `python -m train --multirun`", file=sys.stderr)
+        return EXIT_CONFIG
 
     def task(config: Config) -> int:
         return launch(config, words, module)

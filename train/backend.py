@@ -9,8 +9,12 @@ import io
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from typing import Any
+
+# Read at import: finding no GPU is no reason to warn on each rank.
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 import deepspeed
 import torch
@@ -80,6 +84,7 @@ def global_rank() -> int:
 def start() -> None:
     """Join the process group, with the environment that torchrun sets or, without it, alone."""
     deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
