@@ -1,0 +1,208 @@
+"""The parity experiment: one tiny model trained 20 steps in a given layout, and by a plain PyTorch loop.
+
+Batches are made from the sample index alone; vectors (biases, norms) start from random values drawn by address, so that
+a wrong sum of any of them shows. `FAULTS` are ways to break a layout on purpose.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from data_prep.batch import Batch, group_of
+from kernels.random import mix_key, normal_slice
+from train.cli import compose_train
+from train.config import Config
+from train.labels import Labels, inputs
+from train.mesh import Mesh
+from train.model import context as context_module
+from train.model import tensor_parallel
+from train.model.build import Model, named_layouts
+from train.model.parameters import Layout, make_parameter
+
+SLOTS, BATCH, LR, SHRINK = 32, 8, 1e-3, 0.5
+OVERRIDES = [
+    "data.path=unused",
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.num_heads=4",
+    "model.ffn_hidden_size=48",
+    "model.padded_vocab_size=128",
+    f"model.max_positions={SLOTS}",
+    f"global_batch_size={BATCH}",
+    "micro_batch_size=2",
+    "seed=3",
+]
+Curve = list[tuple[float, float]]
+"""(loss, gradient norm) of each step."""
+
+
+def batch_of(first: int, count: int) -> Batch:
+    """Samples [first, first + count): random tokens, a bidirectional context, causal targets, one padded tail."""
+    rows: list[tuple[torch.Tensor, ...]] = []
+    slots = torch.arange(SLOTS, dtype=torch.int32)
+    for index in range(first, first + count):
+        generator = torch.Generator().manual_seed(index)
+        tokens, targets = torch.randint(0, 120, (2, SLOTS), generator=generator)
+        context = int(torch.randint(4, SLOTS // 2, (1,), generator=generator))
+        used = SLOTS - int(torch.randint(0, 4, (1,), generator=generator))
+        weight = torch.zeros(SLOTS)
+        weight[context:used] = 1.0 / (used - context)
+        attend_from = torch.where(slots < used, 0, slots)
+        attend_to = torch.where(slots < context, context, slots + 1)
+        group = torch.tensor(group_of(index % 2, "zh" if index % 3 else "en"), dtype=torch.uint8)
+        positions = torch.stack([slots, torch.zeros_like(slots)])
+        rows.append((tokens, targets, weight, positions, attend_from.int(), attend_to.int(), group, torch.tensor(index)))
+    return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+@contextlib.contextmanager
+def noisy_vectors() -> Iterator[None]:
+    """Biases and norms made inside start from 0.05 x normal deviates around their usual value."""
+
+    def noisy(layout: Layout, device: torch.device, **settings: Any) -> torch.nn.Parameter:
+        parameter = make_parameter(layout, device, **settings)
+        if len(layout.full_shape) == 1:
+            size = layout.full_shape[0]
+            parameter.data += 0.05 * layout.cut(normal_slice(mix_key(7, layout.name), (0, 1), (0, size), size)[0])
+        return parameter
+
+    with mock.patch.object(context_module, "make_parameter", noisy):
+        yield
+
+
+def plain_curve(overrides: Sequence[str], steps: int) -> Curve:
+    """The trusted baseline: one process, fp32, torch's own optimizer and clip, no DeepSpeed."""
+    config = compose_train([*OVERRIDES, *overrides])
+    with noisy_vectors():
+        model = Model(config, Mesh.single(), torch.float32)
+    matrices = [p for layout, p in named_layouts(model.parameters()) if len(layout.full_shape) > 1]
+    vectors = [p for layout, p in named_layouts(model.parameters()) if len(layout.full_shape) == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    model.set_shrink(SHRINK, 1.0)
+    curve = []
+    for step in range(steps):
+        batch = batch_of(step * BATCH, BATCH)
+        optimizer.zero_grad()
+        loss, _, _ = model(inputs(batch), Labels.of(batch))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        optimizer.step()
+        curve.append((float(loss.detach()), float(norm)))
+    return curve
+
+
+def curves(
+    world: int, layouts: Sequence[Sequence[str]], steps: int, fault: str | None = None
+) -> list[Curve]:
+    """The curve of each layout (a list of overrides), all run by the same `world` processes one after the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    import deepspeed  # noqa: F401  (imported once here, so that forked ranks need not)
+
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    settings = (world, port, [list(layout) for layout in layouts], steps, fault, queue)
+    multiprocessing.start_processes(_rank, settings, nprocs=world, start_method="fork")
+    return queue.get()
+
+
+def _rank(
+    rank: int, world: int, port: int, layouts: list[list[str]], steps: int, fault: str | None, queue: Any
+) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in names.items()})
+    torch.set_num_threads(1)
+    from train import backend
+
+    backend.start()
+    with FAULTS[fault]() if fault else contextlib.nullcontext():
+        result = [_curve(compose_train([*OVERRIDES, *layout]), steps) for layout in layouts]
+    if rank == 0:
+        queue.put(result)
+    backend.stop()
+
+
+def _curve(config: Config, steps: int) -> Curve:
+    from train import backend, rules
+    from train.engine import Engine
+
+    rules.check(config, world_size=backend.world_size())
+    mesh = backend.make_mesh(config)
+    with noisy_vectors():
+        engine = Engine.start(config, mesh)
+    size = config.micro_batch_size
+    results = []
+    for step in range(steps):
+        rounds = range(BATCH // (size * mesh.data))
+        firsts = [step * BATCH + (k * mesh.data + mesh.data_rank) * size for k in rounds]
+        results.append(engine.step([batch_of(first, size) for first in firsts], LR, SHRINK))
+    return [(numbers.loss, numbers.grad_norm) for numbers in engine.read(results)]
+
+
+@contextlib.contextmanager
+def _bias_on_every_rank() -> Iterator[None]:
+    """A row-parallel bias added before the sum over ranks, so once a rank."""
+    from train.model.context import Norm
+
+    after = Norm.after
+
+    def wrong(self: Norm, x: Any, branch: Any, bias: Any, **settings: Any) -> Any:
+        return after(self, x, branch, None if bias is None else bias * self.context.mesh.tensor, **settings)
+
+    with mock.patch.object(Norm, "after", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def _gradient_not_summed() -> Iterator[None]:
+    """Column-parallel inputs keep their own rank's gradient, so the norms before them get a part only."""
+
+    def wrong(_: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+    with mock.patch.object(tensor_parallel._CopyToRanks, "backward", staticmethod(wrong)):
+        yield
+
+
+@contextlib.contextmanager
+def _norm_gradient_of_one_rank() -> Iterator[None]:
+    """Norm weights take the first data-parallel rank's gradient in place of the mean."""
+    with _hooked(lambda name, mesh: "norm" in name, lambda grad, mesh: grad * mesh.data * (mesh.data_rank == 0)):
+        yield
+
+
+@contextlib.contextmanager
+def _tied_gradient_halved() -> Iterator[None]:
+    """The table's gradient from the last stage counts half."""
+    with _hooked(lambda name, mesh: name == "word_embeddings.weight" and mesh.last_stage, lambda grad, mesh: grad / 2):
+        yield
+
+
+@contextlib.contextmanager
+def _hooked(wanted: Callable[[str, Mesh], bool], change: Callable[[torch.Tensor, Mesh], torch.Tensor]) -> Iterator[None]:
+    made = Model.__init__
+
+    def wrong(self: Model, *settings: Any) -> None:
+        made(self, *settings)
+        mesh = self.context.mesh
+        for layout, parameter in named_layouts(self.parameters()):
+            if wanted(layout.name, mesh):
+                parameter.register_hook(lambda grad: change(grad, mesh))
+
+    with mock.patch.object(Model, "__init__", wrong):
+        yield
+
+
+FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "bias_on_every_rank": _bias_on_every_rank,
+    "gradient_not_summed": _gradient_not_summed,
+    "norm_gradient_of_one_rank": _norm_gradient_of_one_rank,
+    "tied_gradient_halved": _tied_gradient_halved,
+}

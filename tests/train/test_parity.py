@@ -1,0 +1,88 @@
+"""Every layout trains the same model: 20 steps against a plain PyTorch loop, with and without dropout.
+
+The baseline's own curve is committed (tests/golden/parity.csv), so that a refactor that moves the loss is seen.
+"""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tests.train.parity import Curve, curves, plain_curve
+
+STEPS = 20
+LOSS, NORM = 1e-6, 1e-5
+GOLDEN = Path(__file__).parent.parent / "golden" / "parity.csv"
+
+TENSOR, PIPELINE = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"
+DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+ZERO = [[f"parallel.zero_stage={stage}"] for stage in range(4)]
+LAYOUTS: dict[int, list[list[str]]] = {
+    1: ZERO,
+    2: [*ZERO, [TENSOR], [TENSOR, ZERO[0][0]], [PIPELINE], [PIPELINE, ZERO[0][0]]],
+    4: [[TENSOR, PIPELINE], [PIPELINE], [TENSOR], [TENSOR, ZERO[3][0]]],
+}
+"""By number of ranks; data parallelism takes what tensor and pipeline leave."""
+
+
+@pytest.fixture(scope="module", params=["no_dropout", "dropout"])
+def baseline(request: pytest.FixtureRequest) -> tuple[list[str], Curve]:
+    overrides = DROPOUT if request.param == "dropout" else []
+    return overrides, plain_curve(overrides, STEPS)
+
+
+def deviation(curve: Curve, baseline: Curve) -> tuple[float, float]:
+    """Largest relative difference in loss and in gradient norm over all steps."""
+    pairs = list(zip(curve, baseline, strict=True))
+    return tuple(max(abs(a[i] - b[i]) / abs(b[i]) for a, b in pairs) for i in (0, 1))  # type: ignore[return-value]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_every_layout_follows_the_plain_loop(world: int, baseline: tuple[list[str], Curve]) -> None:
+    overrides, expected = baseline
+    layouts = LAYOUTS[world]
+    found = curves(world, [[*layout, *overrides] for layout in layouts], STEPS)
+    for layout, curve in zip(layouts, found, strict=True):
+        loss, norm = deviation(curve, expected)
+        assert loss <= LOSS, (layout, loss)
+        assert norm <= NORM, (layout, norm)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("fault", "layout"),
+    [
+        ("bias_on_every_rank", [TENSOR]),
+        ("gradient_not_summed", [TENSOR]),
+        ("norm_gradient_of_one_rank", []),
+        ("tied_gradient_halved", [PIPELINE]),
+    ],
+)
+def test_planted_faults_are_seen(fault: str, layout: list[str]) -> None:
+    steps = 3
+    loss, norm = deviation(curves(2, [layout], steps, fault)[0], plain_curve([], steps))
+    assert loss > LOSS or norm > NORM, (loss, norm)
+
+
+@pytest.mark.unit
+def test_the_baseline_is_the_committed_curve(baseline: tuple[list[str], Curve]) -> None:
+    overrides, curve = baseline
+    column = "dropout" if overrides else "no_dropout"
+    with GOLDEN.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == STEPS
+    for row, (loss, norm) in zip(rows, curve, strict=True):
+        # Another processor or torch version rounds its matrix products differently.
+        assert float(row[f"loss_{column}"]) == pytest.approx(loss, rel=1e-5)
+        assert float(row[f"grad_norm_{column}"]) == pytest.approx(norm, rel=1e-4)
+
+
+def write_golden() -> None:
+    """Write the committed curve anew: python -c 'import tests.train.test_parity as t; t.write_golden()'."""
+    table = {"no_dropout": plain_curve([], STEPS), "dropout": plain_curve(DROPOUT, STEPS)}
+    with GOLDEN.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", *(f"{name}_{column}" for column in table for name in ("loss", "grad_norm"))])
+        for step in range(STEPS):
+            writer.writerow([step + 1, *(f"{value:.9g}" for curve in table.values() for value in curve[step])])
