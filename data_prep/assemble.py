@@ -99,7 +99,7 @@ class Assembler:
         hidden = np.bincount(spans.segment, weights=spans.length, minlength=len(sizes)).astype(np.int64)
         slots = sizes + 2 * count
         context = sizes - hidden + count
-        first = layout.used + np.cumsum(slots) - slots
+        first = layout.used + slots.cumsum() - slots
         end = layout.used + int(slots.sum())
 
         # Part A: the text with each span replaced by one mask token.
@@ -111,23 +111,23 @@ class Assembler:
         corrupted = text.copy()
         corrupted[spans.start] = masks[spans.segment]
         keep[spans.start] = True
-        kept_from = np.cumsum(context) - context
-        place = np.arange(int(context.sum())) - np.repeat(kept_from, context)
-        slot_a = place + np.repeat(first, context)
+        kept_from = context.cumsum() - context
+        place = np.arange(int(context.sum())) - kept_from.repeat(context)
+        slot_a = place + first.repeat(context)
         layout.tokens[slot_a] = corrupted[keep]
         layout.positions[0, slot_a] = place
-        layout.attend_from[layout.used : end] = np.repeat(first, slots)
-        layout.attend_to[slot_a] = np.repeat(first + context, context)
+        layout.attend_from[layout.used : end] = first.repeat(slots)
+        layout.attend_to[slot_a] = (first + context).repeat(context)
 
         # Part B: the spans in their shuffled order, sop in front of the input, eop behind the target.
         start, length, segment = (values[spans.order] for values in (spans.start, spans.length, spans.segment))
         blocks = length + 1
         total = int(blocks.sum())
-        block_from = np.cumsum(blocks) - blocks
-        inside = np.arange(total) - np.repeat(block_from, blocks)
-        generated_from = np.cumsum(hidden + count) - (hidden + count)
-        slot_b = np.arange(total) + np.repeat((first + context - generated_from)[segment], blocks)
-        source = np.repeat(start, blocks) + inside
+        block_from = blocks.cumsum() - blocks
+        inside = np.arange(total) - block_from.repeat(blocks)
+        generated_from = (hidden + count).cumsum() - (hidden + count)
+        slot_b = np.arange(total) + (first + context - generated_from)[segment].repeat(blocks)
+        source = start.repeat(blocks) + inside
         inputs = text[source - 1]  # the first of each block is overwritten
         inputs[block_from] = self.sop
         targets = text[np.minimum(source, len(text) - 1)]
@@ -136,7 +136,7 @@ class Assembler:
         layout.targets[slot_b] = targets
         layout.is_target[slot_b] = True
         mask_place = keep.cumsum()[start] - 1 - kept_from[segment]
-        layout.positions[0, slot_b] = np.repeat(mask_place, blocks)
+        layout.positions[0, slot_b] = mask_place.repeat(blocks)
         if self.two_dimensional:
             layout.positions[1, slot_b] = inside + 1
         layout.used = end

@@ -136,7 +136,7 @@ class TokenizerConfig:
     training_bytes: int = 100_000_000
     """UTF-8 bytes of text to train on, shared equally between the languages."""
     threads: int = 2
-    """Threads that train the tokenizer and encode the text."""
+    """Threads that encode the text."""
 
     def __post_init__(self) -> None:
         _within("tokenizer.vocab_size", self.vocab_size, 300, 1_000_000)

@@ -103,9 +103,13 @@ class Schedule:
         """Places of each choice in one period."""
         self.period = sum(self.counts)
         self._key = key
+        chosen = [choice for choice, count in enumerate(self.counts) if count]
+        self._only = chosen[0] if len(chosen) == 1 else None
 
     def at(self, place: int) -> tuple[int, int]:
         """(choice at `place`, how often it was made at earlier places)."""
+        if self._only is not None:
+            return self._only, place
         number, offset = divmod(place, self.period)
         choices, before = _table(self.counts, self._key, number)
         choice = int(choices[offset])

@@ -64,12 +64,14 @@ def prepare(config: PrepConfig, progress: Progress = lambda stage, done, total: 
     sources = resolve_sources(config.data)
     loaded = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
     recipe = _recipe(config, sources, loaded)
+    if (folder / FILE).exists() and not config.data.overwrite:
+        return _reusable(folder, recipe), True
     try:
         with folder_lock(folder):
-            if (folder / FILE).exists():
-                if not config.data.overwrite:
-                    return _reusable(folder, recipe), True
-                (folder / FILE).unlink()
+            if (folder / FILE).exists() and not config.data.overwrite:
+                # Another process finished it between the two looks.
+                return _reusable(folder, recipe), True
+            (folder / FILE).unlink(missing_ok=True)
             _remove_remains(folder)
             manifest = _build(folder, config, sources, loaded, recipe, progress)
     except OSError as error:

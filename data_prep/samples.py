@@ -8,6 +8,7 @@ Nothing depends on earlier calls, on workers or on ranks.
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,15 @@ class _Phase:
     schedule: Schedule
     drawn: list[int]
     """Samples of each stream before this phase."""
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """One drawn segment: tokens of its text, what is hidden of it, and the mask token that stands for it."""
+
+    size: int
+    spans: Spans
+    mask: int
 
 
 class Sampler:
@@ -204,6 +214,19 @@ class Sampler:
         """Tokens a MASK sample leaves unused at its row's end, expected; they turn up under other kinds and epochs."""
         return 2 * self.law.expected_sequence(self.sequence_length)[0] - 1
 
+    def summary(self) -> dict[str, Any]:
+        """What a run's log should say about its samples: rows and unused tokens by stream, targets by kind."""
+        shares = dict(zip(KINDS, self.kind_shares, strict=True))
+        return {
+            "split": self.split,
+            "rows": {stream.key: stream.rows for stream in self.streams},
+            "tokens_in_no_row": {stream.key: stream.unused_tokens for stream in self.streams},
+            "left_out": list(self.too_small),
+            "kind_shares": {kind: share for kind, share in shares.items() if share},
+            "expected_targets": {kind: self.expected_targets_by_kind[kind] for kind in shares if shares[kind]},
+            "expected_unused_tokens_a_mask_sample": self.expected_unused_tokens,
+        }
+
     def unigram_loss(self, batch: Batch) -> Tensor:
         """Nats of a unigram model on a batch's targets, float32 [B, S], 0 where there is no target.
 
@@ -274,6 +297,7 @@ class Sampler:
                 self._assembler.prefix(layout, fitting, int(generator.integers(shortest, len(fitting), endpoint=True)))
 
     def _blanks(self, layout: Layout, row: NDArray[np.int64], generator: np.random.Generator) -> None:
+        """All [MASK] segments of a sequence at once."""
         slots = self.law.budgets(generator, self.sequence_length)
         lengths, counts = self.law.draw_lengths(generator, slots)
         sizes = slots - 2 * counts
@@ -282,39 +306,70 @@ class Sampler:
         self._assembler.blanks(layout, text, sizes, spans, np.full(len(sizes), self.dataset.tokenizer.mask))
 
     def _sentence_blanks(self, layout: Layout, row: NDArray[np.int64], generator: np.random.Generator) -> None:
-        tokenizer = self.dataset.tokenizer
-        start, end = sentences(row, tokenizer.sentence_marks, tokenizer.eod)
+        segments: list[_Segment] = []
         at = 0
+        found = self._sentences(row)
         for budget in self.law.budgets(generator, self.sequence_length).tolist():
-            at += self._sentence_segment(layout, row[at:], (start - at, end - at), budget, generator)
+            segments.append(self._sentence_segment(row, at, found, budget, generator))
+            at += segments[-1].size
+        self._lay_out(layout, row[:at], segments)
+
+    def _blanks_of_document(
+        self, layout: Layout, piece: NDArray[np.int64], kind: int, generator: np.random.Generator
+    ) -> None:
+        """Segments of one isolated document; a rest too short for spans stays unused."""
+        part = max(SMALLEST_SEGMENT, self.sequence_length // self.config.mask_segments)
+        segments: list[_Segment] = []
+        at = 0
+        left = self.sequence_length - layout.used
+        found = self._sentences(piece) if kind == SMASK else None
+        while len(piece) - at >= SMALLEST_SEGMENT and left >= SMALLEST_SEGMENT:
+            slots = min(part, left)
+            if left - slots < SMALLEST_SEGMENT:
+                slots = left
+            if found is not None:
+                segments.append(self._sentence_segment(piece, at, found, slots, generator))
+            else:
+                segments.append(self._span_segment(piece, at, slots, generator))
+            at += segments[-1].size
+            left -= segments[-1].size + 2 * len(segments[-1].spans.start)
+        if segments:
+            self._lay_out(layout, piece[:at], segments)
+
+    def _lay_out(self, layout: Layout, text: NDArray[np.int64], segments: list[_Segment]) -> None:
+        sizes = np.array([segment.size for segment in segments])
+        masks = np.array([segment.mask for segment in segments])
+        self._assembler.blanks(layout, text, sizes, Spans.join([segment.spans for segment in segments], sizes), masks)
+
+    def _sentences(self, text: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return sentences(text, self.dataset.tokenizer.sentence_marks, self.dataset.tokenizer.eod)
 
     def _sentence_segment(
         self,
-        layout: Layout,
         text: NDArray[np.int64],
+        at: int,
         found: tuple[NDArray[np.int64], NDArray[np.int64]],
         slots: int,
         generator: np.random.Generator,
-    ) -> int:
-        """One segment with whole sentences hidden, or, where none is short enough, spans. Returns its tokens."""
-        tokenizer = self.dataset.tokenizer
-        chosen = draw_sentences(generator, *found, slots, len(text), self.law.ratio)
+    ) -> _Segment:
+        """A segment that begins at `at` with whole sentences hidden, or, where none is short enough, spans."""
+        start, end = found
+        left = len(text) - at
+        chosen = draw_sentences(generator, start - at, end - at, slots, left, self.law.ratio)
         if not chosen:
-            return self._span_segment(layout, text, slots, generator)
-        sizes = np.array([min(slots - 2 * len(chosen), len(text))])
-        start, length = np.array(chosen).T
-        spans = Spans(np.zeros(len(chosen), dtype=np.int64), start, length, generator.permutation(len(chosen)))
-        self._assembler.blanks(layout, text[: sizes[0]], sizes, spans, np.array([tokenizer.smask]))
-        return int(sizes[0])
+            return self._span_segment(text, at, slots, generator)
+        starts, lengths = np.array(chosen).T
+        spans = Spans(np.zeros(len(chosen), dtype=np.int64), starts, lengths, generator.permutation(len(chosen)))
+        return _Segment(min(slots - 2 * len(chosen), left), spans, self.dataset.tokenizer.smask)
 
-    def _span_segment(self, layout: Layout, text: NDArray[np.int64], slots: int, generator: np.random.Generator) -> int:
-        """One segment with spans hidden. Returns its tokens."""
-        lengths, counts = self.law.draw_lengths(generator, np.array([slots]), len(text))
-        sizes = np.minimum(slots - 2 * counts, len(text))
-        text = text[: sizes[0]]
-        spans = self._inside(generator, self.law.place(generator, lengths, counts, sizes), sizes, text)
-        self._assembler.blanks(layout, text, sizes, spans, np.array([self.dataset.tokenizer.mask]))
-        return int(sizes[0])
+    def _span_segment(self, text: NDArray[np.int64], at: int, slots: int, generator: np.random.Generator) -> _Segment:
+        """A segment that begins at `at` with spans hidden."""
+        left = len(text) - at
+        lengths, counts = self.law.draw_lengths(generator, np.array([slots]), left)
+        sizes = np.minimum(slots - 2 * counts, left)
+        placed = self.law.place(generator, lengths, counts, sizes)
+        spans = self._inside(generator, placed, sizes, text[at : at + int(sizes[0])])
+        return _Segment(int(sizes[0]), spans, self.dataset.tokenizer.mask)
 
     def _inside(
         self, generator: np.random.Generator, spans: Spans, sizes: NDArray[np.int64], text: NDArray[np.int64]
@@ -323,23 +378,6 @@ class Sampler:
             return spans
         ends = text == self.dataset.tokenizer.eod
         return self.law.keep_inside_documents(generator, spans, sizes, ends) if ends.any() else spans
-
-    def _blanks_of_document(
-        self, layout: Layout, piece: NDArray[np.int64], kind: int, generator: np.random.Generator
-    ) -> None:
-        """Segments of one isolated document; a rest too short for spans stays unused."""
-        tokenizer = self.dataset.tokenizer
-        part = max(SMALLEST_SEGMENT, self.sequence_length // self.config.mask_segments)
-        at = 0
-        while len(piece) - at >= SMALLEST_SEGMENT and self.sequence_length - layout.used >= SMALLEST_SEGMENT:
-            slots = min(part, self.sequence_length - layout.used)
-            if 0 < self.sequence_length - layout.used - slots < SMALLEST_SEGMENT:
-                slots = self.sequence_length - layout.used
-            if kind == SMASK:
-                start, end = sentences(piece, tokenizer.sentence_marks, tokenizer.eod)
-                at += self._sentence_segment(layout, piece[at:], (start - at, end - at), slots, generator)
-            else:
-                at += self._span_segment(layout, piece[at:], slots, generator)
 
     @cached_property
     def _unigram_tables(self) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ Legend: J segments, N spans over all of them. A MASK segment of b slots with n s
 span adds its [MASK] and its sop to the slots, its eop is a target only. Context + [MASK]s + sops + hidden = b.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import exp, lgamma, log
@@ -28,6 +29,19 @@ class Spans:
     start: NDArray[np.int64]  # [N], in the segments' texts laid end to end
     length: NDArray[np.int64]  # [N]
     order: NDArray[np.int64]  # [N], spans in the order in which they are generated, segment by segment
+
+    @staticmethod
+    def join(parts: Sequence["Spans"], sizes: NDArray[np.int64]) -> "Spans":
+        """Spans of single segments laid end to end; sizes: int64 [J], tokens of each segment's text."""
+        counts = np.array([len(part.start) for part in parts], dtype=np.int64)
+        text_from = (sizes.cumsum() - sizes).repeat(counts)
+        first = (counts.cumsum() - counts).repeat(counts)
+        return Spans(
+            np.arange(len(parts)).repeat(counts),
+            np.concatenate([part.start for part in parts]) + text_from,
+            np.concatenate([part.length for part in parts]),
+            np.concatenate([part.order for part in parts]) + first,
+        )
 
 
 class SpanLaw:
@@ -120,14 +134,14 @@ class SpanLaw:
         chances[np.arange(chances.shape[1]) >= gaps[:, None]] = 2.0
         nearest = chances.argsort(axis=1)[:, :spans]
         chosen = np.zeros(chances.shape, dtype=np.bool_)
-        segment = np.repeat(np.arange(segments), counts)
+        segment = np.arange(segments).repeat(counts)
         chosen[segment, nearest[used]] = True
         gap = np.nonzero(chosen)[1]
-        first = np.cumsum(counts) - counts
-        before = np.cumsum(shuffled) - shuffled
-        text_from = np.cumsum(text) - text
-        start = gap + before - np.repeat(before[first], counts) + np.repeat(text_from, counts)
-        order = keys[1].argsort(axis=1)[used] + np.repeat(first, counts)
+        first = counts.cumsum() - counts
+        before = shuffled.cumsum() - shuffled
+        text_from = text.cumsum() - text
+        start = gap + before - before[first].repeat(counts) + text_from.repeat(counts)
+        order = keys[1].argsort(axis=1)[used] + first.repeat(counts)
         return Spans(segment, start, shuffled, order)
 
     def keep_inside_documents(

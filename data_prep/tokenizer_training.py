@@ -17,6 +17,8 @@ from data_prep.tokenizer import Tokenizer
 
 _FIXED_PIECES = 258
 """256 bytes, the unknown, and the line break."""
+_THREADS = 8
+"""Fixed, whatever the machine: SentencePiece sums in an order that depends on it, and so would the pieces."""
 _PIECE_OF_TEXT = re.compile(r"[^\n]{1,1000}")
 
 
@@ -72,7 +74,7 @@ def train_tokenizer(pieces_of_text: Iterable[str], config: TokenizerConfig) -> T
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            num_threads=config.threads,
+            num_threads=_THREADS,
             minloglevel=3,
         )
     except RuntimeError as error:

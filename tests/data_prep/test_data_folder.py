@@ -121,7 +121,7 @@ def test_special_tokens_follow_the_pieces(dataset: Dataset) -> None:
 
 
 @given(st.text(max_size=60).map(clean_text).filter(lambda text: "▁" not in text))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_text_comes_back_and_bytes_add_up(dataset: Dataset, text: str) -> None:
     ids = dataset.tokenizer.encode(text)
     assert dataset.tokenizer.decode(ids) == text

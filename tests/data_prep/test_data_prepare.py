@@ -13,12 +13,14 @@ import zstandard
 from data_prep_helpers import document, small_config
 
 from data_prep.__main__ import main
-from data_prep.config import PrepConfig, TokenizerConfig
+from data_prep.cli import run
+from data_prep.config import PrepConfig, SamplingConfig, TokenizerConfig
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError
 from data_prep.manifest import Manifest
 from data_prep.prepare import page_of, prepare, split_of
 from data_prep.report import html_report, rows
+from data_prep.samples import Sampler
 from data_prep.shards import Shard
 
 pytestmark = pytest.mark.unit
@@ -330,3 +332,54 @@ def test_held_out_text_can_be_prepared_with_a_runs_tokenizer(tmp_path: Path, fol
     config = PrepConfig(data=small_config(tmp_path / "other", [str(source)], split_shares=[0, 1, 0]).data)
     with pytest.raises(ConfigError, match=r"tokenizer\.path"):
         prepare(config)
+
+
+def test_hub_names_stream_through_datasets(tmp_path: Path, folder: Path) -> None:
+    """`datasets.load_dataset` opens a local folder by the code path that a hub name takes."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text(document(ZH, id="a") + document(EN, id="b"), encoding="utf-8")
+    config = small_config(tmp_path / "out", [{"hub": str(tmp_path / "hub"), "name": "web"}], split_shares=[1, 0, 0])
+    config.tokenizer = TokenizerConfig(path=str(folder), threads=1)
+    manifest, _ = prepare(config)
+    assert {stream.key for stream in manifest.sources} == {"web.en", "web.zh"}
+    config = small_config(tmp_path / "other", [f"hub:{tmp_path / 'nothing'}"])
+    config.tokenizer = TokenizerConfig(path=str(folder))
+    with pytest.raises(DataError, match=r"hub:.*nothing: cannot be opened"):
+        prepare(config)
+
+
+def test_weights_and_licences_reach_the_manifest(tmp_path: Path, folder: Path) -> None:
+    lines = [document(f"{ZH} {n}", licence="MIT" if n % 2 else "CC0-1.0") for n in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "b.txt").write_text(EN * 30, encoding="utf-8")
+    sources: list[object] = [
+        {"path": str(tmp_path / "a.jsonl"), "weight": 3},
+        {"path": str(tmp_path / "b.txt"), "weight": 1, "licence": "public domain", "name": "book"},
+    ]
+    config = small_config(tmp_path / "out", sources, split_shares=[1, 0, 0])
+    config.tokenizer = TokenizerConfig(path=str(folder), threads=1)
+    manifest, _ = prepare(config)
+    assert {stream.key: (stream.weight, stream.licence) for stream in manifest.sources} == {
+        "a.zh": (3.0, {"CC0-1.0": 5, "MIT": 5}),
+        "book.en": (1.0, {"public domain": 1}),
+    }
+    sampler = Sampler(Dataset.open(tmp_path / "out"), SamplingConfig(), 32, seed=1)
+    streams = [sampler.address(index).stream.key for index in range(40)]
+    assert streams.count("a.zh") == 30
+
+
+def test_the_command_and_its_exit_status(tmp_path: Path, folder: Path) -> None:
+    """Chinese names, spaces and parentheses on the command line; 0, 2 and 3 for done, wrong setting, bad source."""
+    source = tmp_path / "语料 (第 1 版).jsonl"
+    source.write_text(document(ZH * 4), encoding="utf-8")
+
+    def command(*words: str) -> int:
+        given = [f"data.path={tmp_path / '输出 (1)'}", f"tokenizer.path={folder}", *words]
+        return run("data_prep", PrepConfig, main, program="data_prep", argv=given)
+
+    assert command(f"data.sources=[{source}]") == 0
+    assert command(f"data.sources=[{source}]") == 0
+    assert command(f"data.sources=[{source}]", "data.min_characters=20") == 2
+    assert command(f"data.sources=[{source}]", "data.min_charakters=20") == 2
+    assert command(f"data.sources=[{tmp_path / 'none.jsonl'}]") == 3
+    Dataset.open(tmp_path / "输出 (1)", verify=True)
