@@ -39,7 +39,7 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 VALUE_KEYS = frozenset(
     {"data.path", "data.sources", "run_dir", "checkpoint", "text", "output", "initialize_from", "tokenizer.path"}
 )
-"""Keys whose values are paths or free text: quoted before Hydra sees them."""
+"""Keys whose values are paths or free text: quoted before Hydra sees them. `data.sources` is a list of such."""
 
 _QUIET = ["hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
 _QUIET += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -134,23 +134,35 @@ def quote_values(words: Sequence[str], aliases: Mapping[str, str] | None = None)
                 bare = key.lstrip("+~")
         if equals and bare in VALUE_KEYS and value not in ("", "null"):
             sweep = multirun and "," in value and not value.startswith("[")
-            value = value if sweep else _quote(value)
+            value = value if sweep else _quoted(bare, value)
         result.append(key + equals + value)
     return result
 
 
+def _quoted(key: str, value: str) -> str:
+    if key == "data.sources":
+        return _quote_list(value)
+    return _quote(value if key == "text" else _unquoted(value))
+
+
+def _quote_list(value: str) -> str:
+    """A list of paths, or one path in place of a list of one; entries with fields are in Hydra's grammar already."""
+    if not (value.startswith("[") and value.endswith("]")):
+        value = f"[{value}]"
+    if "{" in value:
+        return value
+    return "[" + ",".join(_quote(_unquoted(item.strip())) for item in _split(value[1:-1])) + "]"
+
+
+def _unquoted(value: str) -> str:
+    """A path without the quotes that a user of Hydra's grammar put around it."""
+    return value[1:-1] if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
 def _quote(value: str) -> str:
-    if value.startswith("[") and value.endswith("]") and _is_list(value):
-        return value if "{" in value else "[" + ",".join(_quote(item.strip()) for item in _split(value[1:-1])) + "]"
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        value = value[1:-1]
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
-
-
-def _is_list(value: str) -> bool:
-    """A bracketed list, not free text that happens to start and end with a mask such as `[MASK] … [gMASK]`."""
-    inner = value[1:-1]
-    return "[" not in inner and "]" not in inner and inner not in ("MASK", "gMASK", "sMASK")
+    """A quoted string of Hydra's grammar, which unescapes backslashes before a quote only and `${` after it."""
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
 def _split(inner: str) -> list[str]:
