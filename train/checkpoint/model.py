@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.cli import to_object
 from data_prep.errors import DataError
 from data_prep.tokenizer import Tokenizer
+from kernels.config import KernelsConfig
 from train.checkpoint.pieces import PieceReader
-from train.checkpoint.select import find
+from train.checkpoint.select import damage, find
 from train.config import Config
 from train.mesh import Mesh
 from train.model.build import Model, named_layouts
@@ -29,16 +31,21 @@ class Trained:
 def load_trained(path: str | Path, device: torch.device) -> Trained:
     """The model of a run folder's newest whole checkpoint, or of one step's folder, on one device.
 
-    Reads the weights only. Raises DataError where the checkpoint is missing, damaged or another model's.
+    Reads the weights only, after their checksums. Raises DataError where the checkpoint is missing, damaged or another
+    model's.
     """
     folder = find(path)
+    problem = damage(folder, parts=("model/", "tokenizer/", "config.yaml"))
+    if problem is not None:
+        raise DataError(f"{problem}; restore the file, or give another step's folder as checkpoint=")
     config = read_config(folder / "config.yaml")
     config.parallel.tensor_parallel = config.parallel.pipeline_parallel = 1
     config.parallel.activation_checkpointing = "none"
     reader = PieceReader(folder, ("model",))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.dtype]
     if device.type == "cpu":
-        dtype = torch.float32
+        # What it was trained with may need an accelerator; here the references do the same sums.
+        dtype, config.kernels = torch.float32, KernelsConfig()
     model = Model(config, Mesh.single(device), dtype).eval()
     with torch.no_grad():
         for layout, parameter in named_layouts(model.parameters()):
@@ -51,5 +58,6 @@ def read_config(path: Path) -> Config:
     try:
         stored = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         return to_object(stored, Config)  # type: ignore[arg-type]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as a training config ({error})") from error
+    except (OSError, ValueError, TypeError, OmegaConfBaseException) as error:
+        why = str(error).partition("\n")[0]
+        raise DataError(f"{path} cannot be read as a training config ({why})") from error

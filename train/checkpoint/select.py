@@ -38,16 +38,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def damage(folder: Path, *, share: tuple[int, int] = (0, 1), deep: bool = True) -> str | None:
+def damage(
+    folder: Path, *, share: tuple[int, int] = (0, 1), deep: bool = True, parts: tuple[str, ...] = ("",)
+) -> str | None:
     """What is wrong with a checkpoint's files, or None.
 
-    share: (number, of) cuts the work over ranks. deep: compare checksums, not only sizes.
+    share: (number, of) cuts the work over ranks. deep: compare checksums, not only sizes. parts: what the names of the
+    files to look at start with.
     """
     try:
         manifest = read_manifest(folder)
     except DataError as error:
         return str(error)
-    for name in sorted(manifest["files"])[share[0] :: share[1]]:
+    for name in sorted(name for name in manifest["files"] if name.startswith(parts))[share[0] :: share[1]]:
         entry, path = manifest["files"][name], folder / name
         if not path.is_file():
             return f"{path} is missing"

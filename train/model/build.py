@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.resolve import resolve
+from data_prep.errors import ConfigError
+from kernels.resolve import KernelError, resolve
 from train.config import Config
 from train.labels import Labels
 from train.mesh import Mesh
@@ -37,7 +38,7 @@ def _middle_first(stages: int) -> list[int]:
 
 
 def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Operations:
-    """Each operation's implementation, or a KernelError that names the key."""
+    """Each operation's implementation. Raises ConfigError naming the key of one that cannot run here."""
     kernels, model = config.kernels, config.model
     norm = {"dropout"} if model.hidden_dropout else set()
     norm |= {"return_sum"} if model.norm_placement in ("pre", "sandwich") else set()
@@ -46,14 +47,17 @@ def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Oper
     head = {"tensor_parallel"} if config.parallel.tensor_parallel > 1 else set()
     head |= {"z_loss"} if config.loss.z_loss else set()
     head |= {"softcap"} if config.loss.softcap else set()
-    return Operations(
-        residual_norm=resolve("residual_norm", kernels.residual_norm, device, dtype, norm),
-        bias_activation=resolve("bias_activation", kernels.bias_activation, device, dtype),
-        rotary=resolve("rotary", kernels.rotary, device, dtype),
-        attention=resolve("interval_attention", kernels.interval_attention, device, dtype, attention),
-        linear_cross_entropy=resolve("linear_cross_entropy", kernels.linear_cross_entropy, device, dtype, head),
-        embedding=resolve("embedding", kernels.embedding, device, dtype),
-    )
+    try:
+        return Operations(
+            residual_norm=resolve("residual_norm", kernels.residual_norm, device, dtype, norm),
+            bias_activation=resolve("bias_activation", kernels.bias_activation, device, dtype),
+            rotary=resolve("rotary", kernels.rotary, device, dtype),
+            attention=resolve("interval_attention", kernels.interval_attention, device, dtype, attention),
+            linear_cross_entropy=resolve("linear_cross_entropy", kernels.linear_cross_entropy, device, dtype, head),
+            embedding=resolve("embedding", kernels.embedding, device, dtype),
+        )
+    except KernelError as error:
+        raise ConfigError(str(error)) from error
 
 
 class Model(nn.Module):
