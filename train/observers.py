@@ -197,7 +197,7 @@ def short(value: float) -> str:
     """`950`, `12.3k`, `1.24M`, `128.7B`."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}" if abs(value) < 100 * limit else f"{value / limit:.1f}{unit}"
+            return f"{value / limit:.3g}{unit}" if abs(value) < 100 * limit else f"{value / limit:.4g}{unit}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 

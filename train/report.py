@@ -98,7 +98,9 @@ def page(run: Run) -> str:
         _header(run),
         _tiles(run),
         _section(
-            "Loss", _charts(_loss_charts(run)), "Cross entropy in nats a target. Lines are training, dots held-out."
+            "Loss",
+            _charts([*_loss_charts(run), _held_out_table(run)]),
+            "Cross entropy in nats a target, by step: lines are training, dots held-out, dashes the unigram baseline.",
         ),
         _section(
             "Filled blanks",
