@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-# Read at import: finding no GPU is no reason to warn on each rank.
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+# Finding no GPU is no reason to warn, on each rank and into the output of a command; DeepSpeed says it while imported.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+# ruff: noqa: E402
 
 import deepspeed
 import torch
