@@ -2,8 +2,8 @@
 
 Rank 0's standard output passes through as it is; every other line goes to standard error, other ranks' with a
 `[rank N]` prefix. Standard error is held back for a second, a traceback for some more: when a rank fails, its peers
-fail a moment later with "Connection closed by peer", and only the first one's traceback is worth a reader's time.
-Everything is in the logs.
+fail a moment later with "Connection closed by peer", and only the first one's traceback is worth a reader's time. A
+line that rank 0 says too is shown once. Everything is in the logs.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ class Console:
         self._lock = threading.Lock()
         self._held: dict[int, deque[_Line]] = {}
         self._failing: set[int] = set()
+        self._said_by_zero: deque[bytes] = deque(maxlen=KEPT_LINES)
         self._tails: dict[int, deque[str]] = {}
         self._files: dict[int, BinaryIO] = {}
         self._readers: dict[int, list[threading.Thread]] = {}
@@ -89,7 +90,8 @@ class Console:
                     if not lines:
                         self._failing.discard(rank)
             for line in sorted(due, key=lambda line: line.time):
-                self._print(line)
+                if line.rank == 0 or line.text not in self._said_by_zero:
+                    self._print(line)
 
     def only(self, rank: int) -> None:
         """Print the held lines of the rank that failed first, and drop the others'."""
@@ -142,6 +144,8 @@ class Console:
         self._tails[line.rank].append(line.text.decode(errors="replace").rstrip("\n"))
         if b"Traceback (most recent call last)" in line.text:
             self._failing.add(line.rank)
+        if line.rank == 0:
+            self._said_by_zero.append(line.text)
         seconds = HOLD_TRACEBACK_SECONDS if line.rank in self._failing else HOLD_SECONDS
         self._held[line.rank].append(line._replace(due=line.time + seconds))
 

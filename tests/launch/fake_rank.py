@@ -31,6 +31,7 @@ def fail_while_others_wait(where: int) -> None:
 if behaviour == "hello":
     print(f"rank {rank} of {world} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     print(f"warning of rank {rank}", file=sys.stderr)
+    print("the same from all", file=sys.stderr)
     print("command", os.environ["TIANKONG_COMMAND"], "words", sys.argv[1:])
 elif behaviour == "reduce":
     import torch

@@ -85,6 +85,7 @@ def test_one_console_and_a_log_a_rank(tmp_path):
     assert "warning of rank 0" in err.splitlines()
     assert "[rank 1] warning of rank 1" in err.splitlines()
     assert f"[rank 1] rank 1 of 2 threads {threads}" in err.splitlines()
+    assert err.count("the same from all") == 1
     assert "python -m launch cluster=local" in out
     assert "'seed=7'" in out
     log = (tmp_path / "我的 run" / "logs" / "rank_1.log").read_text()
