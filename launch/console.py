@@ -17,7 +17,7 @@ from typing import IO, BinaryIO, NamedTuple
 
 HOLD_SECONDS = 1.0
 """How long a line of standard error waits for the news that its rank failed because of another one."""
-HOLD_TRACEBACK_SECONDS = 6.0
+HOLD_TRACEBACK_SECONDS = 10.0
 """The same from a traceback on: a rank may take a while to end after it."""
 KEPT_LINES = 400
 """Newest lines of a rank's standard error that are kept to judge a failure."""

@@ -20,7 +20,7 @@ from launch.console import Console
 
 SETTLE_SECONDS = 0.5
 """After a failure, how long other ranks may show that they failed earlier."""
-BLAME_SECONDS = 4.0
+BLAME_SECONDS = 6.0
 """The same, when all that failed so far blame a peer."""
 TERMINATE_SECONDS = 3.0
 """How long the ranks that are left may take to end on SIGTERM, before SIGKILL."""

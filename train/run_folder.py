@@ -197,13 +197,16 @@ class RunFolder:
         descriptor, folder = self._logs[name], self.path / "discarded"
         try:
             folder.mkdir(exist_ok=True)
-            with open(folder / aside, "ab") as file:
-                position = offset
-                while chunk := os.pread(descriptor, 1 << 20, position):
-                    file.write(chunk)
-                    position += len(chunk)
-                file.flush()
-                os.fsync(file.fileno())
+            with open(folder / aside, "ab", buffering=0) as file:
+                before, position = os.fstat(file.fileno()).st_size, offset
+                try:
+                    while chunk := os.pread(descriptor, 1 << 20, position):
+                        # A nearly full disk may take a part of it; the next round then meets the error.
+                        position += file.write(chunk)
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), before)
+                    raise
             sync_folder(folder)
         except OSError as error:
             raise write_error(folder / aside, error) from error
