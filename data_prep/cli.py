@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -64,18 +64,25 @@ def run(
     a run that stopped after saving, 1 with a traceback for anything else.
     """
     words = quote_values(sys.argv[1:] if argv is None else argv, aliases or {})
+    if any(word.partition("=")[0] in ("--cfg", "-c") for word in words) and "--resolve" not in words:
+        words.append("--resolve")
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
-    status: list[int] = []
+    composed: list[DictConfig] = []
 
-    def body(composed: DictConfig) -> None:
-        status.append(task(to_object(composed, schema)) or EXIT_DONE)
+    def keep(config: DictConfig) -> None:
+        # The task runs after Hydra is done: Hydra would print a line of its own before each error.
+        composed.append(config)
 
     previous = sys.argv
     sys.argv = [f"{program}", *_QUIET, *words]
     # Without this Hydra prints its errors itself and always exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    status = EXIT_DONE
     try:
-        hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(body)()
+        _check_groups(words)
+        hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(keep)()
+        for config in composed:
+            status = max(status, task(to_object(config, schema)) or EXIT_DONE)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         return _say(program, EXIT_CONFIG, error, schema)
     except DataError as error:
@@ -93,7 +100,7 @@ def run(
         return EXIT_CRASH
     finally:
         sys.argv = previous
-    return max(status, default=EXIT_DONE)
+    return status
 
 
 def compose(
@@ -104,19 +111,46 @@ def compose(
     Raises ConfigError for an unknown key, a wrong type or a broken rule.
     """
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    words = quote_values(overrides, aliases or {})
     try:
+        _check_groups(words)
         with hydra.initialize_config_dir(version_base=None, config_dir=str(CONFIG_DIR)):
-            return to_object(hydra.compose(config_name, overrides=quote_values(overrides, aliases or {})), schema)
+            return to_object(hydra.compose(config_name, overrides=words), schema)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, schema)) from error
 
 
 def to_object(composed: DictConfig, schema: type[Schema]) -> Schema:
-    """Dataclass instance of a composed config; runs each dataclass's `__post_init__` checks."""
+    """Dataclass instance of a composed config; runs each dataclass's `__post_init__` checks.
+
+    Raises ConfigError for a key that `+key=` put in though the schema has none of that name.
+    """
     container = OmegaConf.to_object(composed)
     if not isinstance(container, schema):
         raise TypeError(f"the defaults list of this config must start with the schema of {schema.__name__}")
+    _check_keys(container, schema)
     return container
+
+
+def _check_keys(node: Any, schema: type[Any], prefix: str = "") -> None:
+    known = {item.name for item in dataclasses.fields(node)}
+    for name, value in vars(node).items():
+        if name not in known:
+            raise ConfigError(_unknown_key(prefix + name, schema))
+        if dataclasses.is_dataclass(value):
+            _check_keys(value, schema, f"{prefix}{name}.")
+
+
+def _check_groups(words: Sequence[str]) -> None:
+    """Raise ConfigError for `model=…` and the like where the group's folder holds no such file."""
+    if "-m" in words or "--multirun" in words:
+        return
+    for word in words:
+        group, equals, name = word.lstrip("+").partition("=")
+        if equals and name not in ("", "null") and group.isidentifier() and (CONFIG_DIR / group).is_dir():
+            names = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+            if name not in names:
+                raise ConfigError(f"{word} is not known; use one of {', '.join(names)}")
 
 
 def quote_values(words: Sequence[str], aliases: Mapping[str, str] | None = None) -> list[str]:
@@ -198,9 +232,15 @@ def _one_line(error: BaseException, schema: type[Any] | None = None) -> str:
         return f"{key} is not set; give {key}=…"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown is not None:
-        near = difflib.get_close_matches(unknown[1], _keys(schema) if schema else [], n=3, cutoff=0.6)
-        return f"{unknown[1]} is not a known key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        return _unknown_key(unknown[1], schema)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {text.partition(' See https://')[0]}"
     return (text if not key or key in text else f"{key}: {text}") or type(error).__name__
+
+
+def _unknown_key(key: str, schema: type[Any] | None) -> str:
+    near = difflib.get_close_matches(key, _keys(schema) if schema else [], n=3, cutoff=0.6)
+    return f"{key} is not a known key" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def _keys(schema: type[Any], prefix: str = "") -> list[str]:

@@ -173,7 +173,7 @@ class StabilityConfig:
     """fp32; scaled (fp32 of scores divided and multiplied by max(1, layer index), GLM-130B); half (compute dtype)."""
     embedding_gradient_shrink: float = 1.0
     """EGS alpha: the share of the embedding's gradient that is kept; 1 switches it off, GLM-130B used 0.1."""
-    embedding_gradient_shrink_schedule: list[list[float]] = field(default_factory=list)
+    embedding_gradient_shrink_schedule: list[Any] = field(default_factory=list)
     """Pairs [consumed_samples, alpha]: from that sample on this alpha; before the first, the constant above."""
     shrink_head: bool = False
     """Apply EGS at the tied logits too, not only at the lookup."""

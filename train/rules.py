@@ -163,7 +163,7 @@ def _numbers(config: Config) -> None:
     if config.max_steps is not None and config.max_steps < 1:
         raise ConfigError(f"max_steps={config.max_steps} must be at least 1")
     for pair in stability.embedding_gradient_shrink_schedule:
-        if len(pair) != 2:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, int | float) for part in pair)):
             raise ConfigError(
                 f"stability.embedding_gradient_shrink_schedule holds {pair}; each entry is [consumed_samples, alpha]"
             )
