@@ -23,7 +23,8 @@ class Case:
 
     inputs: leaves that require grad. runs: implementation → function of the inputs giving a tensor, or a tuple whose
     first is differentiated; the check needs `reference`, which it also runs in float64. work: (forward, forward +
-    backward), bytes or operations by `unit`. extra: peers with another mask, timed but not checked.
+    backward), bytes or operations by `unit`. peer: the run whose error in bf16 is the bound.
+    extra: peers with another mask, timed but not checked.
     """
 
     op: str
@@ -33,6 +34,7 @@ class Case:
     unit: str
     work: tuple[float, float]
     extra: dict[str, tuple[list[Tensor], Run, tuple[float, float]]] = field(default_factory=dict)
+    peer: str = "reference"
 
 
 def _randn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -160,7 +162,7 @@ def attention_cases(small: bool) -> Iterator[Case]:
             return function(*tensors, start, stop, scale=scale, dropout=dropout)[0]
 
         features = {"dropout"} if probability else set()
-        names = ["reference", "triton"] if small else ["triton"]
+        names = ["reference", "unfused", "triton"] if small else ["triton"]
         if not probability:
             names += ["flex"] if small else ["flex", "sdpa"]
         runs = _implementations("interval_attention", names, features, call)
@@ -175,6 +177,7 @@ def attention_cases(small: bool) -> Iterator[Case]:
             runs,
             "operations",
             (4.0 * dim * visible, 14.0 * dim * visible),
+            peer="unfused",
         )
         if not small and not probability:
             case.extra = _vendor_masks(inputs, dim, batch * heads * length * length)

@@ -66,6 +66,7 @@ def _forward_kernel(
 def _backward_kernel(
     x, bias, dout, dx, part, rows, rows_each,
     F: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """part: float32 [row ranges, width], the column sums of dx over a range of rows."""
     GATE: tl.constexpr = KIND < 2
@@ -75,7 +76,7 @@ def _backward_kernel(
     last = tl.minimum(first + rows_each, rows)
     sum_linear = tl.zeros([R, C], tl.float32)
     sum_gate = tl.zeros([R, C], tl.float32)
-    for start in range(first, last, R):
+    for start in tl.range(first, last, R, num_stages=STAGES):
         row = start + tl.arange(0, R)
         mask = (row < last)[:, None] & (column < F)[None, :]
         at = row[:, None] * width + column[None, :]
@@ -100,8 +101,9 @@ def _backward_kernel(
 
 
 FORWARD_TILE = (4, 512, 4)  # rows, columns, warps
-BACKWARD_TILE = (4, 256, 4)
-BACKWARD_PROGRAMS = 12  # a multiprocessor
+BACKWARD_TILE = (4, 128, 4)
+BACKWARD_PROGRAMS = 16  # a multiprocessor
+BACKWARD_STAGES = 1
 
 
 @torch.library.custom_op("tiankong::bias_activation", mutates_args=())
@@ -149,6 +151,7 @@ def _backward(dout: Tensor, x: Tensor, bias: Tensor | None, kind: int) -> tuple[
             HAS_BIAS=has_bias,
             R=r,
             C=c,
+            STAGES=BACKWARD_STAGES,
             num_warps=warps,
         )
     return dx, column_sums(part)[0].clone() if has_bias else x.new_empty(0, dtype=torch.float32)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.shared_triton import words_of
+from kernels.shared_triton import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,17 +34,8 @@ def _keep(
     key, sample, head, rows, start, queries, keys, THRESHOLD: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Keep bits of a tile: rows [BM] are queries, keys from start on. bool [BM, BN]"""
-    base = (head.to(tl.int64) * queries + rows.to(tl.int64)) * keys + start  # first element of each row
-    if ALIGNED:
-        block = base[:, None] // 4 + tl.arange(0, BN // 4)[None, :]
-        w0, w1, w2, w3 = words_of(key, sample, block)
-        word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    else:
-        element = base[:, None] + tl.arange(0, BN)[None, :]
-        w0, w1, w2, w3 = words_of(key, sample, element >> 2)
-        place = element & 3
-        word = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
-    return word.to(tl.int64) >= THRESHOLD
+    first = (head.to(tl.int64) * queries + rows.to(tl.int64)) * keys + start
+    return keep_tile(key, sample, first[:, None], THRESHOLD, BN, ALIGNED)
 
 
 @triton.jit
@@ -72,75 +63,74 @@ def _ranges(attend_from, attend_to, batch, rows, queries, keys, BN: tl.constexpr
 
 
 @triton.jit
+def _unit(logits, inner, SOFTCAP: tl.constexpr):
+    """Products of q and k as `x` with logit · log2 e = x · unit, unit > 0: themselves, or their tanh."""
+    if SOFTCAP:
+        return _tanh(logits * inner)
+    return logits
+
+
+@triton.jit
 def _forward_step(
-    acc, total, top, raw_top, q, k_base, v_base, start, from_, to_, rows, queries, keys, stride_ks, stride_vs,
-    qk_scale, softcap, key, sample, head, keep_scale,
-    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WANT_RAW: tl.constexpr,
+    acc, total, top, raw_top, q, k_desc, v_desc, start, row, k_column, v_column, from_, to_, rows, queries, keys,
+    unit, inner, key, sample, head, keep_scale,
+    BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WANT_RAW: tl.constexpr,
     THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys. Logits are in units of log2 e."""
-    column = start + tl.arange(0, BN)
-    dims = tl.arange(0, D)
-    at_k = k_base + column[:, None].to(tl.int64) * stride_ks + dims[None, :]
-    at_v = v_base + column[:, None].to(tl.int64) * stride_vs + dims[None, :]
+    """One block of keys, from `start` on; row: the first key's row in the descriptors. top is in units of x."""
+    k = k_desc.load([row + start, k_column])
+    x = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
-        k = tl.load(at_k, mask=(column < keys)[:, None], other=0.0)
-    else:
-        k = tl.load(at_k)
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-    if MASKED:
+        column = start + tl.arange(0, BN)
         visible = (column[None, :] >= from_[:, None]) & (column[None, :] < to_[:, None])
     if WANT_RAW:
-        raw = logits
+        raw = x
         if MASKED:
-            raw = tl.where(visible, logits, float("-inf"))
+            raw = tl.where(visible, x, float("-inf"))
         raw_top = tl.maximum(raw_top, tl.max(raw, 1))
-    if SOFTCAP:
-        logits = softcap * _tanh(logits / softcap)
+    x = _unit(x, inner, SOFTCAP)
     if MASKED:
-        logits = tl.where(visible, logits, float("-inf"))
-    new_top = tl.maximum(top, tl.max(logits, 1))
+        x = tl.where(visible, x, float("-inf"))
+    new_top = tl.maximum(top, tl.max(x, 1))
     base = new_top
     if MASKED:
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
-    p = tl.math.exp2(logits - base[:, None])
-    shrink = tl.math.exp2(top - base)
+    base = base * unit
+    p = tl.math.exp2(x * unit - base[:, None])
+    shrink = tl.math.exp2(top * unit - base)
     total = total * shrink + tl.sum(p, 1)
     if THRESHOLD > 0:
         p = tl.where(_keep(key, sample, head, rows, start, queries, keys, THRESHOLD, BN, ALIGNED), p * keep_scale, 0.0)
     acc = acc * shrink[:, None]
-    if MASKED:
-        v = tl.load(at_v, mask=(column < keys)[:, None], other=0.0)
-    else:
-        v = tl.load(at_v)
+    v = v_desc.load([row + start, v_column])
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, total, new_top, raw_top
 
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, attend_from, attend_to, samples, out, lse, tops, heads, group, queries, keys,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    scale, softcap, key, first_head, keep_scale,
+    q_desc, k_desc, v_desc, attend_from, attend_to, samples, out, lse, tops, heads, group, queries, keys,
+    q_head, k_head, v_head, unit, inner, raw_unit, key, first_head, keep_scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, WANT_MAX: tl.constexpr,
     THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head. out [batch, queries, heads, D] and lse [batch, heads, queries] contiguous."""
+    """One block of queries of one head. out [batch, queries, heads, D] and lse [batch, heads, queries] contiguous.
+
+    The descriptors see [batch · positions, columns]; q_head, k_head, v_head: columns from one head to the next.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # under causal masks the last blocks are the longest
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
     rows = block * BM + tl.arange(0, BM)
     dims = tl.arange(0, D)
     valid = rows < queries
-    from_, to_, low, inside_low, inside_high, high = _ranges(attend_from, attend_to, batch, rows, queries, keys, BN)
-    tile = tl.load(
-        q + batch * stride_qb + head * stride_qh + rows[:, None].to(tl.int64) * stride_qs + dims[None, :],
-        mask=valid[:, None],
-        other=0.0,
-    )
-    k_base = k + batch * stride_kb + (head // group) * stride_kh
-    v_base = v + batch * stride_vb + (head // group) * stride_vh
-    sample = batch * 0
+    batch64 = batch.to(tl.int64)
+    from_, to_, low, inside_low, inside_high, high = _ranges(attend_from, attend_to, batch64, rows, queries, keys, BN)
+    q = q_desc.load([batch * queries + block * BM, head * q_head])
+    k_column = (head // group) * k_head
+    v_column = (head // group) * v_head
+    row = batch * keys
+    sample = batch64 * 0
     if THRESHOLD > 0:
         sample = tl.load(samples + batch)
     acc = tl.zeros([BM, D], tl.float32)
@@ -148,32 +138,31 @@ def _forward_kernel(
     top = tl.full([BM], float("-inf"), tl.float32)
     raw_top = tl.full([BM], float("-inf"), tl.float32)
     WANT_RAW: tl.constexpr = WANT_MAX and SOFTCAP
-    qk_scale = scale * LOG2E
-    cap = softcap * LOG2E
     for start in tl.range(inside_low, inside_high, BN):
         acc, total, top, raw_top = _forward_step(
-            acc, total, top, raw_top, tile, k_base, v_base, start, from_, to_, rows, queries, keys,
-            stride_ks, stride_vs, qk_scale, cap, key, sample, first_head + head, keep_scale,
-            D, BN, False, SOFTCAP, WANT_RAW, THRESHOLD, ALIGNED,
+            acc, total, top, raw_top, q, k_desc, v_desc, start, row, k_column, v_column, from_, to_, rows,
+            queries, keys, unit, inner, key, sample, first_head + head, keep_scale,
+            BN, False, SOFTCAP, WANT_RAW, THRESHOLD, ALIGNED,
         )  # fmt: skip
     left = (inside_low - low) // BN
     right = (high - inside_high + BN - 1) // BN
     for i in tl.range(0, left + right):
         start = tl.where(i < left, low + i * BN, inside_high + (i - left) * BN)
         acc, total, top, raw_top = _forward_step(
-            acc, total, top, raw_top, tile, k_base, v_base, start, from_, to_, rows, queries, keys,
-            stride_ks, stride_vs, qk_scale, cap, key, sample, first_head + head, keep_scale,
-            D, BN, True, SOFTCAP, WANT_RAW, THRESHOLD, ALIGNED,
+            acc, total, top, raw_top, q, k_desc, v_desc, start, row, k_column, v_column, from_, to_, rows,
+            queries, keys, unit, inner, key, sample, first_head + head, keep_scale,
+            BN, True, SOFTCAP, WANT_RAW, THRESHOLD, ALIGNED,
         )  # fmt: skip
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    at = ((batch * queries + rows[:, None]) * heads + head) * D + dims[None, :]
+    safe = tl.where(total == 0.0, 1.0, total)
+    acc = acc / safe[:, None]
+    at = ((batch64 * queries + rows[:, None]) * heads + head) * D + dims[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid[:, None])
-    sums = tl.where(total == 0.0, float("-inf"), top * LN2 + tl.log(tl.where(total == 0.0, 1.0, total)))
-    tl.store(lse + (batch * heads + head) * queries + rows, sums, mask=valid)
+    sums = tl.where(total == 0.0, float("-inf"), top * (unit * LN2) + tl.log(safe))
+    tl.store(lse + (batch64 * heads + head) * queries + rows, sums, mask=valid)
     if WANT_MAX:
         largest = raw_top if WANT_RAW else top
         largest = tl.max(tl.where(valid, largest, float("-inf")), 0)
-        tl.store(tops + (batch * heads + head) * tl.num_programs(0) + block, largest * LN2)
+        tl.store(tops + (batch64 * heads + head) * tl.num_programs(0) + block, largest * raw_unit)
 
 
 @triton.jit
@@ -219,201 +208,172 @@ def _plan_kernel(attend_from, attend_to, plan, queries, keys, NQ: tl.constexpr, 
 
 
 @triton.jit
-def _tile_gradients(
-    q, k, v, do, lse, delta, from_, to_, rows, start, queries, keys, qk_scale, softcap, key, sample, head, keep_scale,
-    BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr,
+def _dkv_step(
+    dk, dv, k, v, q_desc, do_desc, dq_desc, dq, lse_base, delta_base, from_base, to_base, block, start, row, q_column,
+    column, width, queries, keys, unit, inner, key, sample, head, keep_scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr, FUSE_DQ: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Of a [BM queries, BN keys] tile, transposed: dropped probabilities and d logits (before · scale), [BN, BM]."""
-    logits = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
-    if SOFTCAP:
-        tanh = _tanh(logits / softcap)
-        logits = softcap * tanh
-    p = tl.math.exp2(logits - (lse * LOG2E)[None, :])
+    """One block of queries against the program's block of keys; the tile is held transposed, [BN, BM]."""
+    rows = block * BM + tl.arange(0, BM)
+    valid = rows < queries
+    q = q_desc.load([row + block * BM, q_column])
+    # beyond the last query the descriptors read the next sample's rows: an infinite lse makes their probabilities 0
+    lse = tl.load(lse_base + rows, mask=valid, other=float("inf")) * LOG2E
+    x = _unit(tl.dot(k, tl.trans(q), input_precision="ieee"), inner, SOFTCAP)
+    p = tl.math.exp2(x * unit - lse[None, :])
     if MASKED:
-        column = start + tl.arange(0, BN)
-        visible = (column[:, None] >= from_[None, :]) & (column[:, None] < to_[None, :])
-        p = tl.where(visible, p, 0.0)
+        from_ = tl.load(from_base + rows, mask=valid, other=0)
+        to_ = tl.minimum(tl.load(to_base + rows, mask=valid, other=0), keys)
+        place = start + tl.arange(0, BN)
+        p = tl.where((place[:, None] >= from_[None, :]) & (place[:, None] < to_[None, :]), p, 0.0)
+    do = do_desc.load([row + block * BM, column])
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     dropped = p
     if THRESHOLD > 0:
         keep = tl.trans(_keep(key, sample, head, rows, start, queries, keys, THRESHOLD, BN, ALIGNED).to(tl.int8)) != 0
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
+    dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
+    delta = tl.load(delta_base + rows, mask=valid, other=0.0)
     ds = p * (dp - delta[None, :])
     if SOFTCAP:
-        ds *= 1.0 - tanh * tanh
-    return dropped, ds
-
-
-@triton.jit
-def _dkv_step(
-    dk, dv, k, v, q_base, do_base, dq_base, lse_base, delta_base, from_base, to_base, block, start, queries, keys,
-    stride_qs, stride_os, qk_scale, softcap, key, sample, head, keep_scale,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr, FUSE_DQ: tl.constexpr,
-):  # fmt: skip
-    rows = block * BM + tl.arange(0, BM)
-    dims = tl.arange(0, D)
-    valid = rows < queries
-    q = tl.load(q_base + rows[:, None].to(tl.int64) * stride_qs + dims[None, :], mask=valid[:, None], other=0.0)
-    do = tl.load(do_base + rows[:, None].to(tl.int64) * stride_os + dims[None, :], mask=valid[:, None], other=0.0)
-    lse = tl.load(lse_base + rows, mask=valid, other=0.0)
-    delta = tl.load(delta_base + rows, mask=valid, other=0.0)
-    from_, to_ = rows, rows
-    if MASKED:
-        from_ = tl.load(from_base + rows, mask=valid, other=0)
-        to_ = tl.minimum(tl.load(to_base + rows, mask=valid, other=0), keys)
-    p, ds = _tile_gradients(
-        q, k, v, do, lse, delta, from_, to_, rows, start, queries, keys, qk_scale, softcap,
-        key, sample, head, keep_scale, BN, MASKED, SOFTCAP, THRESHOLD, ALIGNED,
-    )  # fmt: skip
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds *= 1.0 - x * x
     ds = ds.to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision="ieee")
     if FUSE_DQ:
-        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
-        at = dq_base + rows[:, None].to(tl.int64) * stride_os + dims[None, :]
-        tl.atomic_add(at, dq, mask=valid[:, None], sem="relaxed")
+        part = tl.dot(tl.trans(ds), k, input_precision="ieee")
+        if REDUCE:
+            dq_desc.atomic_add([row + block * BM, column], part)
+        else:
+            dims = tl.arange(0, D)
+            at = dq + (row + rows[:, None]).to(tl.int64) * width + column + dims[None, :]
+            tl.atomic_add(at, part, mask=valid[:, None], sem="relaxed")
     return dk, dv
 
 
 @triton.jit
 def _dkv_kernel(
-    q, k, v, attend_from, attend_to, samples, dout, dq, dk, dv, lse, delta, plan, heads, kv_heads, queries, keys,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    scale, softcap, key, first_head, keep_scale,
+    q_desc, k_desc, v_desc, do_desc, dq_desc, attend_from, attend_to, samples, dq, dk, dv, lse, delta, plan,
+    heads, kv_heads, queries, keys, q_head, k_head, v_head, scale, unit, inner, key, first_head, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr, FUSE_DQ: tl.constexpr,
+    THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr, FUSE_DQ: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one key-value head, all its query heads. dout, dq, dk, dv contiguous; dq float32."""
+    """One block of keys of one key-value head, all its query heads. dout, dq, dk, dv contiguous; dq float32, unscaled.
+
+    REDUCE: add into dq by the tensor copy engine (the interpreter has none) instead of one atomic an element.
+    """
     block = tl.program_id(0)
-    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    batch = tl.program_id(1) // kv_heads
+    kv_head = tl.program_id(1) % kv_heads
+    batch64 = batch.to(tl.int64)
     start = block * BN
-    column = start + tl.arange(0, BN)
-    dims = tl.arange(0, D)
-    valid = (column < keys)[:, None]
-    at_k = batch * stride_kb + kv_head * stride_kh + column[:, None].to(tl.int64) * stride_ks + dims[None, :]
-    at_v = batch * stride_vb + kv_head * stride_vh + column[:, None].to(tl.int64) * stride_vs + dims[None, :]
-    k_tile = tl.load(k + at_k, mask=valid, other=0.0)
-    v_tile = tl.load(v + at_v, mask=valid, other=0.0)
-    base = plan + (batch * tl.num_programs(0) + block) * 4
+    k = k_desc.load([batch * keys + start, kv_head * k_head])
+    v = v_desc.load([batch * keys + start, kv_head * v_head])
+    base = plan + (batch64 * tl.num_programs(0) + block) * 4
     low = tl.load(base)
     inside_low = tl.load(base + 1)
     inside_high = tl.load(base + 2)
     high = tl.load(base + 3)
-    sample = batch * 0
+    sample = batch64 * 0
     if THRESHOLD > 0:
         sample = tl.load(samples + batch)
-    qk_scale = scale * LOG2E
-    cap = softcap * LOG2E
+    row = batch * queries
+    from_base = attend_from + batch64 * queries
+    to_base = attend_to + batch64 * queries
     acc_k = tl.zeros([BN, D], tl.float32)
     acc_v = tl.zeros([BN, D], tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_base = q + batch * stride_qb + head * stride_qh
-        do_base = dout + (batch * queries * heads + head) * D
-        dq_base = dq + (batch * queries * heads + head) * D
-        lse_base = lse + (batch * heads + head) * queries
-        delta_base = delta + (batch * heads + head) * queries
+        lse_base = lse + (batch64 * heads + head) * queries
+        delta_base = delta + (batch64 * heads + head) * queries
         for i in tl.range(inside_low, inside_high):
             acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, k_tile, v_tile, q_base, do_base, dq_base, lse_base, delta_base,
-                attend_from + batch * queries, attend_to + batch * queries, i, start, queries, keys,
-                stride_qs, heads * D, qk_scale, cap, key, sample, first_head + head, keep_scale,
-                D, BM, BN, False, SOFTCAP, THRESHOLD, ALIGNED, FUSE_DQ,
+                acc_k, acc_v, k, v, q_desc, do_desc, dq_desc, dq, lse_base, delta_base, from_base, to_base, i, start,
+                row, head * q_head, head * D, heads * D, queries, keys, unit, inner, key, sample, first_head + head,
+                keep_scale,
+                D, BM, BN, False, SOFTCAP, THRESHOLD, ALIGNED, FUSE_DQ, REDUCE,
             )  # fmt: skip
         left = inside_low - low
         for i in tl.range(0, left + high - inside_high):
             index = tl.where(i < left, low + i, inside_high + i - left)
             acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, k_tile, v_tile, q_base, do_base, dq_base, lse_base, delta_base,
-                attend_from + batch * queries, attend_to + batch * queries, index, start, queries, keys,
-                stride_qs, heads * D, qk_scale, cap, key, sample, first_head + head, keep_scale,
-                D, BM, BN, True, SOFTCAP, THRESHOLD, ALIGNED, FUSE_DQ,
+                acc_k, acc_v, k, v, q_desc, do_desc, dq_desc, dq, lse_base, delta_base, from_base, to_base, index,
+                start, row, head * q_head, head * D, heads * D, queries, keys, unit, inner, key, sample,
+                first_head + head, keep_scale,
+                D, BM, BN, True, SOFTCAP, THRESHOLD, ALIGNED, FUSE_DQ, REDUCE,
             )  # fmt: skip
-    at = ((batch * keys + column[:, None]) * kv_heads + kv_head) * D + dims[None, :]
+    column = start + tl.arange(0, BN)
+    dims = tl.arange(0, D)
+    valid = (column < keys)[:, None]
+    at = ((batch64 * keys + column[:, None]) * kv_heads + kv_head) * D + dims[None, :]
     tl.store(dk + at, (acc_k * scale).to(dk.dtype.element_ty), mask=valid)
     tl.store(dv + at, acc_v.to(dv.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _dq_step(
-    dq, q, do, lse, delta, k_base, v_base, start, from_, to_, rows, queries, keys, stride_ks, stride_vs,
-    qk_scale, softcap, key, sample, head, keep_scale,
-    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    dq, q, do, lse, delta, k_desc, v_desc, start, row, k_column, v_column, from_, to_, rows, queries, keys,
+    unit, inner, key, sample, head, keep_scale,
+    BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    column = start + tl.arange(0, BN)
-    dims = tl.arange(0, D)
-    at_k = k_base + column[:, None].to(tl.int64) * stride_ks + dims[None, :]
-    at_v = v_base + column[:, None].to(tl.int64) * stride_vs + dims[None, :]
+    k = k_desc.load([row + start, k_column])
+    x = _unit(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, SOFTCAP)
+    p = tl.math.exp2(x * unit - lse[:, None])
     if MASKED:
-        k = tl.load(at_k, mask=(column < keys)[:, None], other=0.0)
-        v = tl.load(at_v, mask=(column < keys)[:, None], other=0.0)
-    else:
-        k = tl.load(at_k)
-        v = tl.load(at_v)
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-    if SOFTCAP:
-        tanh = _tanh(logits / softcap)
-        logits = softcap * tanh
-    p = tl.math.exp2(logits - lse[:, None])
-    if MASKED:
-        p = tl.where((column[None, :] >= from_[:, None]) & (column[None, :] < to_[:, None]), p, 0.0)
+        place = start + tl.arange(0, BN)
+        p = tl.where((place[None, :] >= from_[:, None]) & (place[None, :] < to_[:, None]), p, 0.0)
+    v = v_desc.load([row + start, v_column])
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     if THRESHOLD > 0:
         keep = _keep(key, sample, head, rows, start, queries, keys, THRESHOLD, BN, ALIGNED)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
     if SOFTCAP:
-        ds *= 1.0 - tanh * tanh
+        ds *= 1.0 - x * x
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit
 def _dq_kernel(
-    q, k, v, attend_from, attend_to, samples, dout, dq, lse, delta, heads, group, queries, keys,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    scale, softcap, key, first_head, keep_scale,
+    q_desc, k_desc, v_desc, do_desc, attend_from, attend_to, samples, dq, lse, delta, heads, group, queries, keys,
+    q_head, k_head, v_head, scale, unit, inner, key, first_head, keep_scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head, the loops of the forward. dout and dq contiguous."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    batch64 = batch.to(tl.int64)
     rows = block * BM + tl.arange(0, BM)
-    dims = tl.arange(0, D)
     valid = rows < queries
-    from_, to_, low, inside_low, inside_high, high = _ranges(attend_from, attend_to, batch, rows, queries, keys, BN)
-    at_q = batch * stride_qb + head * stride_qh + rows[:, None].to(tl.int64) * stride_qs + dims[None, :]
-    at_o = ((batch * queries + rows[:, None]) * heads + head) * D + dims[None, :]
-    q_tile = tl.load(q + at_q, mask=valid[:, None], other=0.0)
-    do = tl.load(dout + at_o, mask=valid[:, None], other=0.0)
-    lse_row = tl.load(lse + (batch * heads + head) * queries + rows, mask=valid, other=0.0) * LOG2E
-    delta_row = tl.load(delta + (batch * heads + head) * queries + rows, mask=valid, other=0.0)
-    k_base = k + batch * stride_kb + (head // group) * stride_kh
-    v_base = v + batch * stride_vb + (head // group) * stride_vh
-    sample = batch * 0
+    from_, to_, low, inside_low, inside_high, high = _ranges(attend_from, attend_to, batch64, rows, queries, keys, BN)
+    q = q_desc.load([batch * queries + block * BM, head * q_head])
+    do = do_desc.load([batch * queries + block * BM, head * D])
+    lse_row = tl.load(lse + (batch64 * heads + head) * queries + rows, mask=valid, other=float("inf")) * LOG2E
+    delta_row = tl.load(delta + (batch64 * heads + head) * queries + rows, mask=valid, other=0.0)
+    k_column = (head // group) * k_head
+    v_column = (head // group) * v_head
+    row = batch * keys
+    sample = batch64 * 0
     if THRESHOLD > 0:
         sample = tl.load(samples + batch)
     acc = tl.zeros([BM, D], tl.float32)
-    qk_scale = scale * LOG2E
-    cap = softcap * LOG2E
     for start in tl.range(inside_low, inside_high, BN):
         acc = _dq_step(
-            acc, q_tile, do, lse_row, delta_row, k_base, v_base, start, from_, to_, rows, queries, keys,
-            stride_ks, stride_vs, qk_scale, cap, key, sample, first_head + head, keep_scale,
-            D, BN, False, SOFTCAP, THRESHOLD, ALIGNED,
+            acc, q, do, lse_row, delta_row, k_desc, v_desc, start, row, k_column, v_column, from_, to_, rows,
+            queries, keys, unit, inner, key, sample, first_head + head, keep_scale,
+            BN, False, SOFTCAP, THRESHOLD, ALIGNED,
         )  # fmt: skip
     left = (inside_low - low) // BN
     right = (high - inside_high + BN - 1) // BN
     for i in tl.range(0, left + right):
         start = tl.where(i < left, low + i * BN, inside_high + (i - left) * BN)
         acc = _dq_step(
-            acc, q_tile, do, lse_row, delta_row, k_base, v_base, start, from_, to_, rows, queries, keys,
-            stride_ks, stride_vs, qk_scale, cap, key, sample, first_head + head, keep_scale,
-            D, BN, True, SOFTCAP, THRESHOLD, ALIGNED,
+            acc, q, do, lse_row, delta_row, k_desc, v_desc, start, row, k_column, v_column, from_, to_, rows,
+            queries, keys, unit, inner, key, sample, first_head + head, keep_scale,
+            BN, True, SOFTCAP, THRESHOLD, ALIGNED,
         )  # fmt: skip
-    tl.store(dq + at_o, (acc * scale).to(dq.dtype.element_ty), mask=valid[:, None])
+    at = ((batch64 * queries + rows[:, None]) * heads + head) * D + tl.arange(0, D)[None, :]
+    tl.store(dq + at, (acc * scale).to(dq.dtype.element_ty), mask=valid[:, None])

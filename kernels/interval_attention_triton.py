@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.interval_attention import check
 from kernels.interval_attention_kernels import (
@@ -26,6 +27,7 @@ from kernels.interval_attention_kernels import (
 from kernels.random import Dropout, active
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
+LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Tiles:
 
 # found by sweeps on an H100 (docs/kernels.md)
 TILES = {
-    64: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), True),
-    128: Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), True),
+    64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), False),
+    128: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), False),
 }
 SMALL = Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), True)  # float32, or other head dims
 
@@ -61,8 +63,13 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
     return SMALL if dtype == torch.float32 else TILES.get(head_dim, SMALL)
 
 
-def _scalars(scale: float, softcap: float, key: int, first_head: int, probability: float) -> tuple[float | int, ...]:
-    return scale, softcap, key, first_head, 1.0 / (1.0 - probability)
+def _scalars(scale: float, softcap: float) -> tuple[float, float]:
+    """(unit, inner) of the kernels: logit · log2 e = unit · x, x the product of q and k or its tanh."""
+    return (softcap * LOG2E, scale / softcap) if softcap else (scale * LOG2E, 1.0)
+
+
+def _random(key: int, first_head: int, probability: float) -> tuple[int, int, float]:
+    return key, first_head, 1.0 / (1.0 - probability)
 
 
 def _switches(q: Tensor, keys: int, tile: Tile, softcap: float, probability: float) -> dict[str, int | bool]:
@@ -78,8 +85,21 @@ def _switches(q: Tensor, keys: int, tile: Tile, softcap: float, probability: flo
     }
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """[batch · positions, columns] of a [batch, positions, heads, dim], for blocks [rows, dim] by the copy engine."""
+    batch, positions, heads, dim = tensor.shape
+    columns = (heads - 1) * tensor.stride(2) + dim
+    return TensorDescriptor(tensor, [batch * positions, columns], [tensor.stride(1), 1], [rows, dim])
+
+
+def _fits_descriptor(tensor: Tensor) -> bool:
+    """Whether the tensor is one matrix of rows with 16-byte steps, as a slice of a packed projection is."""
+    batch, positions, heads, _ = tensor.shape
+    size = tensor.element_size()
+    whole = batch == 1 or tensor.stride(0) == positions * tensor.stride(1)
+    inside = heads == 1 or tensor.stride(1) >= heads * tensor.stride(2) or positions == 1
+    steps = tensor.stride(1) * size % 16 == 0 and tensor.stride(2) * size % 16 == 0
+    return tensor.stride(3) == 1 and whole and inside and steps and tensor.data_ptr() % 16 == 0
 
 
 @torch.library.custom_op("tiankong::interval_attention", mutates_args=())
@@ -97,9 +117,10 @@ def _forward(
     tops = torch.empty(batch, heads, blocks if want_max else 0, dtype=torch.float32, device=q.device)
     if out.numel():
         _forward_kernel[(blocks, batch * heads)](
-            q, k, v, attend_from, attend_to, samples, out, lse, tops, heads, heads // kv_heads, queries, keys,
-            *_strides(q, k, v), *_scalars(scale, softcap, key, first_head, probability),
-            WANT_MAX=want_max, **_switches(q, keys, tile, softcap, probability),
+            _descriptor(q, tile.queries), _descriptor(k, tile.keys), _descriptor(v, tile.keys),
+            attend_from, attend_to, samples, out, lse, tops, heads, heads // kv_heads, queries, keys,
+            q.stride(2), k.stride(2), v.stride(2), *_scalars(scale, softcap), scale,
+            *_random(key, first_head, probability), WANT_MAX=want_max, **_switches(q, keys, tile, softcap, probability),
         )  # fmt: skip
     return out, lse, tops.amax(dim=(0, 2)) if want_max else tops.new_empty(0)
 
@@ -132,7 +153,8 @@ def _backward(
     delta = torch.empty_like(lse)
     rows = batch * queries * heads
     _delta_kernel[(triton.cdiv(rows, 32),)](out, dout, delta, rows, heads, queries, D=dim, BR=32, num_warps=4)
-    scalars = _scalars(scale, softcap, key, first_head, probability)
+    strides, units = (q.stride(2), k.stride(2), v.stride(2)), _scalars(scale, softcap)
+    randomness = _random(key, first_head, probability)
     tile = tiles.dkv
     blocks = triton.cdiv(keys, tile.keys)
     plan = torch.empty(batch, blocks, 4, dtype=torch.int32, device=q.device)
@@ -141,16 +163,20 @@ def _backward(
         attend_from, attend_to, plan, queries, keys, NQ=query_blocks, BM=tile.queries, BN=tile.keys, num_warps=4
     )
     _dkv_kernel[(blocks, batch * kv_heads)](
-        q, k, v, attend_from, attend_to, samples, dout, dq, dk, dv, lse, delta, plan, heads, kv_heads, queries, keys,
-        *_strides(q, k, v), *scalars,
-        GROUP=heads // kv_heads, FUSE_DQ=fuse, **_switches(q, keys, tile, softcap, probability),
+        _descriptor(q, tile.queries), _descriptor(k, tile.keys), _descriptor(v, tile.keys),
+        _descriptor(dout, tile.queries), _descriptor(dq, tile.queries),
+        attend_from, attend_to, samples, dq, dk, dv, lse, delta, plan, heads, kv_heads, queries, keys,
+        *strides, scale, *units, *randomness,
+        GROUP=heads // kv_heads, FUSE_DQ=fuse, REDUCE=q.is_cuda, **_switches(q, keys, tile, softcap, probability),
     )  # fmt: skip
     if fuse:
         return torch.mul(dq, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device)), dk, dv
     tile = tiles.dq
     _dq_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
-        q, k, v, attend_from, attend_to, samples, dout, dq, lse, delta, heads, heads // kv_heads, queries, keys,
-        *_strides(q, k, v), *scalars, **_switches(q, keys, tile, softcap, probability),
+        _descriptor(q, tile.queries), _descriptor(k, tile.keys), _descriptor(v, tile.keys),
+        _descriptor(dout, tile.queries),
+        attend_from, attend_to, samples, dq, lse, delta, heads, heads // kv_heads, queries, keys,
+        *strides, scale, *units, *randomness, **_switches(q, keys, tile, softcap, probability),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -192,7 +218,7 @@ def interval_attention(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Interval attention by the Triton kernels; see `kernels.interval_attention.interval_attention`.
 
-    q, k, v: any strides whose last is 1 (slices of a packed projection need no copy); head_dim one of HEAD_DIMS.
+    q, k, v: slices of a packed projection are read in place, others copied first. head_dim: one of HEAD_DIMS.
     alpha changes nothing: scores are float32. deterministic: dQ in its own pass, in a fixed order.
     """
     check(q, k, v, attend_from, attend_to, softcap, dropout)
@@ -203,7 +229,9 @@ def interval_attention(
     if dropout is not None:
         samples, key, first_head = dropout.sample_index.contiguous(), dropout.key, dropout.offset
         probability = dropout.probability
-    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    if scale <= 0.0:
+        raise ValueError(f"interval_attention: scale={scale}; the Triton kernel takes a positive one")
+    q, k, v = (tensor if _fits_descriptor(tensor) else tensor.contiguous() for tensor in (q, k, v))
     out, lse, tops = _forward(
         q, k, v, attend_from.contiguous(), attend_to.contiguous(), samples,
         scale, softcap, key, first_head, probability, want_max_logit, deterministic,

@@ -4,7 +4,8 @@ One pass forward (reads x, f; writes out) and one backward (reads x, f, dout; wr
 in the backward it keeps the column sums of its rows (bias, weight, norm_bias gradients) in registers and writes them
 once, and a small kernel adds the programs' parts up in a fixed order. The sum is computed again from x and f rather
 than stored: the same bytes (5 + 3 against 4 + 4), and exact. A row is held as two powers of two, so that hidden 12288
-is 8192 + 4096 and nothing idles.
+is 8192 + 4096 and nothing idles; in the backward, rows over WIDE do not fit and are read twice, the second time from
+the caches.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kernels.random import Dropout, active
 from kernels.residual_norm import check
-from kernels.shared_triton import column_sums, keep_run, multiprocessors, pieces
+from kernels.shared_triton import column_sums, keep_run, keep_tile, multiprocessors, pieces
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _piece(
 ):  # fmt: skip
     """One piece of a row of α·x + drop(f + bias): (values, factor that f's gradient gets, mask)."""
     column = START + tl.arange(0, BLOCK)
-    mask = column < H
+    mask = column < H if START + BLOCK > H else tl.full([BLOCK], True, tl.int1)
     at = row * H + column
     total = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * alpha
     factor = total * 0 + 1.0
@@ -52,7 +53,7 @@ def _normed(
     START: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
     column = START + tl.arange(0, BLOCK)
-    mask = column < H
+    mask = column < H if START + BLOCK > H else tl.full([BLOCK], True, tl.int1)
     y = (total - mean) * rstd * tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHIFT:
         y += tl.load(norm_bias + column, mask=mask, other=0.0).to(tl.float32)
@@ -65,8 +66,9 @@ def _forward_kernel(
     alpha, eps, keep_scale,
     H: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr, RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.full([], 0, tl.int64) + index  # int64 offsets; plain in the interpreter too
         sample, element = row * 0, row * 0
         if THRESHOLD > 0:
@@ -138,7 +140,7 @@ def _backward_kernel(
     x, f, bias, weight, samples, dout, dsums, dx, df, part, means, rstds, rows, positions, first_position, key,
     alpha, keep_scale,
     H: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr,
+    RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """part: float32 [programs, 3, H], the program's sums of dout · normalised, dout and df."""
     scale_a = tl.zeros([A], tl.float32)
@@ -148,7 +150,7 @@ def _backward_kernel(
         scale_b = tl.zeros([B], tl.float32)
         shift_b = tl.zeros([B], tl.float32)
         bias_b = tl.zeros([B], tl.float32)
-    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.full([], 0, tl.int64) + index  # int64 offsets; plain in the interpreter too
         sample, element = row * 0, row * 0
         if THRESHOLD > 0:
@@ -206,19 +208,108 @@ def _backward_kernel(
             tl.store(base + 2 * H + column_b, bias_b, mask=column_b < H)
 
 
-def launch_shape(hidden: int, backward: bool) -> tuple[int, int]:
-    """(warps a program, programs a multiprocessor) by row length."""
+@triton.jit
+def _wide_tile(
+    x, f, bias, weight, dout, row, row_mask, start, sample, element, key, alpha, keep_scale, mean, rstd,
+    H: tl.constexpr, CH: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """(dout, weight · dout, normalised, factor of f's gradient, mask) of [rows, CH columns], zero outside."""
+    column = start + tl.arange(0, CH)
+    mask = row_mask[:, None] & (column < H)[None, :]
+    at = row[:, None] * H + column[None, :]
+    total = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * alpha
+    factor = total * 0 + 1.0
+    if HAS_F:
+        branch = tl.load(f + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            branch += tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
+        if THRESHOLD > 0:
+            keep = keep_tile(key, sample[:, None], (element + start)[:, None], THRESHOLD, CH, H % 4 == 0)
+            factor = tl.where(keep, keep_scale, 0.0)
+            branch *= factor
+        total += branch
+    dy = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
+    wdy = dy * tl.load(weight + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
+    return dy, wdy, tl.where(mask, (total - mean[:, None]) * rstd[:, None], 0.0), factor, mask, at
+
+
+@triton.jit
+def _wide_backward_kernel(
+    x, f, bias, weight, samples, dout, dsums, dx, df, part, means, rstds, rows, positions, first_position, key,
+    alpha, keep_scale,
+    H: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """The backward of rows too long for registers: T rows at a time, twice over their columns.
+
+    The second pass finds the rows in the caches. The column sums live in the program's own part of memory (zeroed
+    before), read and written once for T rows, which the second-level cache absorbs.
+    """
+    base = part + tl.program_id(0).to(tl.int64) * 3 * H
+    for slab in range(tl.program_id(0), (rows + T - 1) // T, tl.num_programs(0)):
+        row = tl.full([T], 0, tl.int64) + slab * T + tl.arange(0, T)
+        row_mask = row < rows
+        sample, element = row * 0, row * 0
+        if THRESHOLD > 0:
+            sample = tl.load(samples + row // positions, mask=row_mask, other=0)
+            element = (first_position + row % positions) * H
+        rstd = tl.load(rstds + row, mask=row_mask, other=0.0)
+        mean = rstd * 0.0
+        if not RMS:
+            mean = tl.load(means + row, mask=row_mask, other=0.0)
+        sum1 = tl.zeros([T, CH], tl.float32)
+        sum2 = tl.zeros([T, CH], tl.float32)
+        for start in range(0, H, CH):
+            _, wdy, hat, _, _, _ = _wide_tile(
+                x, f, bias, weight, dout, row, row_mask, start, sample, element, key, alpha, keep_scale, mean, rstd,
+                H, CH, HAS_F, HAS_BIAS, THRESHOLD,
+            )  # fmt: skip
+            sum1 += wdy
+            sum2 += wdy * hat
+        c1 = tl.sum(sum1, 1) / H
+        if RMS:
+            c1 = c1 * 0.0
+        c2 = tl.sum(sum2, 1) / H
+        for start in range(0, H, CH):
+            dy, wdy, hat, factor, mask, at = _wide_tile(
+                x, f, bias, weight, dout, row, row_mask, start, sample, element, key, alpha, keep_scale, mean, rstd,
+                H, CH, HAS_F, HAS_BIAS, THRESHOLD,
+            )  # fmt: skip
+            ds = rstd[:, None] * (wdy - c1[:, None] - hat * c2[:, None])
+            if WANT_SUM:
+                ds += tl.load(dsums + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx + at, alpha * ds, mask=mask)
+            ds = tl.where(mask, ds * factor, 0.0)
+            column = start + tl.arange(0, CH)
+            here = column < H
+            if HAS_F:
+                tl.store(df + at, ds, mask=mask)
+            tl.store(base + column, tl.load(base + column, mask=here, other=0.0) + tl.sum(dy * hat, 0), mask=here)
+            if not RMS:
+                to = base + H + column
+                tl.store(to, tl.load(to, mask=here, other=0.0) + tl.sum(dy, 0), mask=here)
+            if HAS_BIAS:
+                to = base + 2 * H + column
+                tl.store(to, tl.load(to, mask=here, other=0.0) + tl.sum(ds, 0), mask=here)
+
+
+WIDE = 8192  # rows longer than this take _wide_backward_kernel
+WIDE_TILE = (2, 2048, 16, 1)  # rows, columns, warps, programs a multiprocessor
+
+
+def launch_shape(hidden: int, backward: bool) -> tuple[int, int, int]:
+    """(warps a program, programs a multiprocessor, stages of the row pipeline) by row length."""
     if backward:
         if hidden <= 1024:
-            return 4, 8
+            return 4, 8, 1
         if hidden <= 4096:
-            return 8, 3
-        return (16, 1)
+            return 8, 1, 4
+        return 8, 1, 1
     if hidden <= 1024:
-        return 2, 16
+        return 2, 16, 1
     if hidden <= 4096:
-        return 4, 8
-    return (16, 2)
+        return 8, 16, 1
+    return 16, 16, 1
 
 
 def _options(
@@ -249,13 +340,14 @@ def _forward(
     sums = torch.empty_like(x) if want_sum else x.new_empty(0)
     mean = torch.empty(0 if rms else rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    warps, each = launch_shape(hidden, backward=False)
+    warps, each, stages = launch_shape(hidden, backward=False)
     positions = x.shape[-2] if x.dim() > 1 else 1
     if rows:
         _forward_kernel[(min(rows, each * multiprocessors(x.device)),)](
             x, f, bias, weight, norm_bias, samples, out, sums, mean, rstd, rows, positions, first_position, key,
             alpha, eps, 1.0 / (1.0 - probability),
-            HAS_SHIFT=norm_bias is not None, **_options(hidden, f, bias, rms, want_sum, probability), num_warps=warps,
+            HAS_SHIFT=norm_bias is not None, **_options(hidden, f, bias, rms, want_sum, probability),
+            STAGES=stages, num_warps=warps,
         )  # fmt: skip
     return out, sums, mean, rstd
 
@@ -282,16 +374,27 @@ def _backward(
     hidden, rows = x.shape[-1], x.numel() // x.shape[-1]
     dx = torch.empty_like(x)
     df = torch.empty_like(x) if f is not None else x.new_empty(0)
-    warps, each = launch_shape(hidden, backward=True)
+    warps, each, stages = launch_shape(hidden, backward=True)
     programs = min(rows, each * multiprocessors(x.device))
     positions = x.shape[-2] if x.dim() > 1 else 1
     if not rows:
         return dx, df, torch.zeros(3, hidden, dtype=torch.float32, device=x.device)
+    options = _options(hidden, f, bias, rms, dsums is not None, probability)
+    if hidden > WIDE:
+        tile, columns, warps, each = WIDE_TILE
+        programs = min(triton.cdiv(rows, tile), each * multiprocessors(x.device))
+        part = torch.zeros(programs, 3, hidden, dtype=torch.float32, device=x.device)
+        del options["A"], options["B"]
+        _wide_backward_kernel[(programs,)](
+            x, f, bias, weight, samples, dout, dsums, dx, df, part, mean, rstd, rows, positions, first_position, key,
+            alpha, 1.0 / (1.0 - probability), T=tile, CH=columns, **options, num_warps=warps,
+        )  # fmt: skip
+        return dx, df, column_sums(part)
     part = torch.empty(programs, 3, hidden, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         x, f, bias, weight, samples, dout, dsums, dx, df, part, mean, rstd, rows, positions, first_position, key,
         alpha, 1.0 / (1.0 - probability),
-        **_options(hidden, f, bias, rms, dsums is not None, probability), num_warps=warps,
+        **_options(hidden, f, bias, rms, dsums is not None, probability), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return dx, df, column_sums(part)
 

@@ -21,8 +21,9 @@ from kernels.shared_triton import column_sums, multiprocessors
 
 TILE_TOKENS = 4
 TILE_COLUMNS = 1024  # heads a program · head_dim
-WARPS = 4
-PROGRAMS = 16  # a multiprocessor
+WARPS = 8
+PROGRAMS = 8  # a multiprocessor
+STAGES = 1
 
 
 @triton.jit
@@ -31,6 +32,7 @@ def _kernel(
     HEADS: tl.constexpr, D: tl.constexpr, PERIOD: tl.constexpr, TURNED: tl.constexpr, PAIRS: tl.constexpr,
     AXIS_PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FP16: tl.constexpr, HAS_BIAS: tl.constexpr,
     BACKWARD: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles [T tokens, HB heads, P pairs]; part: float32 [ranges, HEADS · D], column sums of the backward."""
     head = tl.program_id(0) * HB + tl.arange(0, HB)
@@ -62,7 +64,7 @@ def _kernel(
         sum_c = tl.zeros([T, HB, REST], tl.float32)
     start_token = tl.program_id(1).to(tl.int64) * tokens_each
     last = tl.minimum(start_token + tokens_each, tokens)
-    for start in range(start_token, last, T):
+    for start in tl.range(start_token, last, T, num_stages=STAGES):
         token = start + tl.arange(0, T)
         token_mask = token < last
         spot = (token // length) * 2 * length + token % length
@@ -140,7 +142,8 @@ def _launch(
             HEADS=heads, D=dim, PERIOD=period, TURNED=period - passthrough, PAIRS=pairs, AXIS_PAIRS=pairs // axes,
             INTERLEAVED=interleaved, FP16=fp16_angles, HAS_BIAS=has_bias, BACKWARD=backward,
             T=TILE_TOKENS, HB=block_heads, P=triton.next_power_of_2(pairs),
-            REST=0 if dim == rotary_dim else triton.next_power_of_2(dim - rotary_dim), num_warps=WARPS,
+            REST=0 if dim == rotary_dim else triton.next_power_of_2(dim - rotary_dim),
+            STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip
     elif sums:
         part.zero_()

@@ -39,6 +39,20 @@ def keep_run(key, sample, first, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, A
 
 
 @triton.jit
+def keep_tile(key, sample, first, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Keep bits of a tile whose rows start at elements first [rows, 1] of samples [rows, 1]; see `keep_run`."""
+    if ALIGNED:
+        w0, w1, w2, w3 = words_of(key, sample, first // 4 + tl.arange(0, BLOCK // 4)[None, :])
+        word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    else:
+        element = first + tl.arange(0, BLOCK)[None, :]
+        w0, w1, w2, w3 = words_of(key, sample, element >> 2)
+        place = element & 3
+        word = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
+    return word.to(tl.int64) >= THRESHOLD
+
+
+@triton.jit
 def _column_sum_kernel(
     part, out, rows, columns, out_row_stride, part_stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
