@@ -15,6 +15,7 @@ from torch import Tensor
 from data_prep.batch import NUM_GROUPS, Batch
 from data_prep.errors import RunFailed
 from train import backend
+from train.collective import gather
 from train.config import Config
 from train.fragments import Fragment, local_fragments
 from train.labels import Labels, inputs
@@ -38,6 +39,8 @@ class StepResult:
     skipped: bool
     loss_scale: float
     batch_hash: int
+    flags: Tensor
+    """int32 [items of this stage], above 0 where an item gave a non-finite output."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Engine:
             skipped=skipped,
             loss_scale=scale,
             batch_hash=_hash(batches),
+            flags=self.flags.clone(),
         )
 
     def evaluate(self, batches: Sequence[Batch | None]) -> list[list[float]]:
@@ -142,15 +146,16 @@ class Engine:
             for row, norm, result in zip(rows, norm_values, results, strict=True)
         ]
 
-    def first_bad_layer(self) -> str | None:
-        """`rank R, NAME` of the first item, in the model's order, that gave a non-finite output; all ranks call it."""
-        bad = self.flags.nonzero().flatten().tolist()
-        position = self.model.start + bad[0] if bad else 1 << 30
-        mine = torch.tensor([position, self.mesh.rank], device=self.mesh.device)
-        found = [torch.empty_like(mine) for _ in range(self.mesh.world)]
-        torch.distributed.all_gather(found, mine)
-        first, rank = min(tuple(pair.tolist()) for pair in found)
-        return None if first == 1 << 30 else f"rank {rank}, {self.model.item_name(first - self.model.start)}"
+    def first_bad_layer(self, result: StepResult) -> str | None:
+        """`rank R, NAME` of the first item, in the model's order, that gave a non-finite output in a step.
+
+        None where every output was finite, so that it was the backward pass. All ranks call it together.
+        """
+        bad = result.flags.nonzero().flatten().tolist()
+        name = self.model.item_name(bad[0]) if bad else ""
+        found = gather(self.mesh, (self.model.start + bad[0], self.mesh.rank, name) if bad else None)
+        first = min((entry for entry in found if entry is not None), default=None)
+        return None if first is None else f"rank {first[1]}, {first[2]}"
 
     @property
     def needs_batches(self) -> bool:
@@ -192,7 +197,7 @@ class Engine:
         return make_optimizer(model, self.config.optimizer, self.mesh, clips=self.zero_stage == 0)
 
     def _clear(self) -> None:
-        for tensor in (*self._losses, self._sums):
+        for tensor in (*self._losses, self._sums, self.flags):
             tensor.zero_()
 
     def _note(self, loss: Tensor, z_loss: Tensor, sums: Tensor) -> Tensor:

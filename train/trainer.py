@@ -130,8 +130,9 @@ class Trainer:
 
     def _start(self) -> None:
         config = self.config
+        found = self._find_checkpoint()
         self.engine = Engine.start(config, self.mesh)
-        self._resume()
+        self._resume(found)
         self.sampler = Sampler(
             self.dataset,
             config.data.sampling,
@@ -163,13 +164,17 @@ class Trainer:
         )
         self.observers += [wandb] if wandb is not None else []
 
-    def _resume(self) -> None:
-        """Continue from the newest whole checkpoint, or start from other weights, or from scratch."""
-        config = self.config
-        found = together(self.mesh, lambda: read.choose(self.mesh, self.run_dir, config.resume.step))
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, known to fit this run's config and data; None for a new run."""
+        found = together(self.mesh, lambda: read.choose(self.mesh, self.run_dir, self.config.resume.step))
         if found is not None:
             together(self.mesh, lambda: self._check_checkpoint(found))
-            state = together(self.mesh, lambda: read.load(self.engine, found, reshape=config.resume.reshape))
+        return found
+
+    def _resume(self, found: Path | None) -> None:
+        """Continue from a checkpoint, or start from other weights, or from scratch."""
+        if found is not None:
+            state = together(self.mesh, lambda: read.load(self.engine, found))
             self.step = self._saved_step = state["step"]
             self.consumed_samples = state["consumed_samples"]
             self.trained_samples = state["trained_samples"]
@@ -177,12 +182,14 @@ class Trainer:
             self.plan = DataPlan(state["data_plan"])
             if self.mesh.rank == 0:
                 logger.info("resuming from %s", found)
-        elif config.initialize_from is not None:
-            source = together(self.mesh, lambda: find(str(config.initialize_from)))
+        elif self.config.initialize_from is not None:
+            source = together(self.mesh, lambda: find(str(self.config.initialize_from)))
             together(self.mesh, lambda: read.load_weights(self.engine, PieceReader(source, ("model",))))
         on_rank_zero(self.mesh, lambda: self.folder.rewind(self.step) if self.folder is not None else 0)
 
     def _check_checkpoint(self, found: Path) -> None:
+        layout = {**self.mesh.describe(), "zero_stage": self.config.parallel.zero_stage}
+        read.check_layout(found, layout, reshape=self.config.resume.reshape)
         check_same(self.yaml, found / "config.yaml", self.config.resume.allow)
         stored = tokenizer_sha256(found)
         if stored != self.dataset.tokenizer.sha256:
@@ -273,8 +280,8 @@ class Trainer:
             records[-1] |= backend.memory()
         for observer in self.observers:
             observer.on_steps(records)
-        for record, number in zip(records, numbers, strict=True):
-            self._check_finite(record["step"], number)
+        for record, number, (_, result) in zip(records, numbers, pending, strict=True):
+            self._check_finite(record["step"], number, result)
 
     def _measured(self, number: StepNumbers) -> dict[str, Any]:
         measured: dict[str, Any] = {
@@ -287,12 +294,13 @@ class Trainer:
         }
         return measured | ({"z_loss": number.z_loss} if self.config.loss.z_loss else {})
 
-    def _check_finite(self, step: int, number: StepNumbers) -> None:
+    def _check_finite(self, step: int, number: StepNumbers, result: StepResult) -> None:
         """All ranks see the same numbers, so all of them raise."""
         infinite = [name for name in ("loss", "grad_norm") if not abs(getattr(number, name)) < float("inf")]
-        if number.skipped or not infinite:
+        if not infinite or (number.skipped and self.config.precision.dtype == "fp16"):
+            # With a loss scale an overflow is how the scale finds its place; elsewhere it is the end.
             return
-        where = self.engine.first_bad_layer() or "no layer's output; the backward pass overflowed"
+        where = self.engine.first_bad_layer(result) or "the backward pass"
         record = {"id": f"non-finite-{step}", "step": step, "from_sample": None, "kind": "non_finite"}
         record |= {"seen": f"{' and '.join(infinite)} not finite, first in {where}", "action": "stopped"}
         for observer in self.observers:

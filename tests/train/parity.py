@@ -57,7 +57,9 @@ def batch_of(first: int, count: int) -> Batch:
         attend_to = torch.where(slots < context, context, slots + 1)
         group = torch.tensor(group_of(index % 2, "zh" if index % 3 else "en"), dtype=torch.uint8)
         positions = torch.stack([slots, torch.zeros_like(slots)])
-        rows.append((tokens, targets, weight, positions, attend_from.int(), attend_to.int(), group, torch.tensor(index)))
+        rows.append(
+            (tokens, targets, weight, positions, attend_from.int(), attend_to.int(), group, torch.tensor(index))
+        )
     return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
@@ -98,9 +100,7 @@ def plain_curve(overrides: Sequence[str], steps: int) -> Curve:
     return curve
 
 
-def curves(
-    world: int, layouts: Sequence[Sequence[str]], steps: int, fault: str | None = None
-) -> list[Curve]:
+def curves(world: int, layouts: Sequence[Sequence[str]], steps: int, fault: str | None = None) -> list[Curve]:
     """The curve of each layout (a list of overrides), all run by the same `world` processes one after the other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -186,7 +186,9 @@ def _tied_gradient_halved() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(wanted: Callable[[str, Mesh], bool], change: Callable[[torch.Tensor, Mesh], torch.Tensor]) -> Iterator[None]:
+def _hooked(
+    wanted: Callable[[str, Mesh], bool], change: Callable[[torch.Tensor, Mesh], torch.Tensor]
+) -> Iterator[None]:
     made = Model.__init__
 
     def wrong(self: Model, *settings: Any) -> None:

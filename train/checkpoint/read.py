@@ -45,14 +45,12 @@ def choose(mesh: Mesh, run_dir: Path, step: int | None = None) -> Path | None:
     return None
 
 
-def load(engine: Engine, folder: Path, *, reshape: bool) -> dict[str, Any]:
+def load(engine: Engine, folder: Path) -> dict[str, Any]:
     """Put weights, master weights and Adam moments of a checkpoint into the engine; returns the trainer's state.
 
-    The number of data-parallel ranks may differ from when it was written. Another tensor-parallel or pipeline size or
-    ZeRO stage needs `reshape` (ConfigError otherwise).
+    The engine's layout may be any other than the one that wrote it.
     """
     manifest = read_manifest(folder)
-    _check_layout(engine, manifest, folder, reshape)
     state = read_state(folder)
     reader = PieceReader(folder)
     load_weights(engine, reader)
@@ -99,13 +97,15 @@ def _part(local: Tensor, start: int, numel: int) -> Tensor:
     return local.reshape(-1).narrow(0, start, numel)
 
 
-def _check_layout(engine: Engine, manifest: dict[str, Any], folder: Path, reshape: bool) -> None:
-    if reshape:
-        return
-    now = {**engine.mesh.describe(), "zero_stage": engine.zero_stage}
+def check_layout(folder: Path, now: dict[str, int], *, reshape: bool) -> None:
+    """Raise ConfigError where a checkpoint is of another layout and `resume.reshape` is not set.
+
+    The number of data-parallel ranks may always differ.
+    """
+    before = read_manifest(folder)["layout"]
     for key in ("tensor_parallel", "pipeline_parallel", "zero_stage"):
-        if now[key] != manifest["layout"][key]:
+        if now[key] != before[key] and not reshape:
             raise ConfigError(
-                f"parallel.{key}={now[key]}, but {folder} was written with {manifest['layout'][key]}; "
+                f"parallel.{key}={now[key]}, but {folder} was written with {before[key]}; "
                 "set resume.reshape=true to change the layout"
             )

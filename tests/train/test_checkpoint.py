@@ -1,0 +1,152 @@
+"""Checkpoints: whole or absent, readable in any layout, and a flipped byte anywhere is seen."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from data_prep.errors import DataError
+from train.checkpoint import pieces
+from train.checkpoint.pieces import Piece, PieceReader, save_pieces
+from train.checkpoint.select import checkpoint_steps, damage, find, read_manifest, step_folder
+from train.checkpoint.write import prune
+from train.model.build import stage_bounds
+from train.model.parameters import Layout, split
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(("rows", "halves"), [(12, 1), (24, 2)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_shards_of_any_layout_read_as_any_other(tmp_path: Path, rows: int, halves: int, dim: int) -> None:
+    full = torch.arange(rows * 24, dtype=torch.float32).view(rows, 24)
+    name = "layers.0.mlp.dense_h_to_4h.weight"
+    (tmp_path / "model").mkdir()
+    for rank in range(2):
+        layout = split(name, tuple(full.shape), dim, rank, 2, halves=halves)
+        local = layout.cut(full).reshape(-1)
+        cut = local.numel() // 3  # two ranges a shard, as ZeRO leaves them
+        for part, (start, stop) in enumerate([(0, cut), (cut, local.numel())]):
+            piece = Piece("weight", layout, start, stop - start)
+            save_pieces(tmp_path / "model" / f"rank_{rank}{part}.safetensors", [(piece, local[start:stop])])
+    reader = PieceReader(tmp_path, ("model",))
+    assert torch.equal(reader.full("weight", name), full)
+    for size in (1, 2, 3, 4):
+        for rank in range(size):
+            layout = split(name, tuple(full.shape), dim, rank, size, halves=halves)
+            assert torch.equal(reader.local("weight", layout), layout.cut(full))
+    (tmp_path / "model" / "rank_11.safetensors").unlink()
+    with pytest.raises(DataError, match="incomplete"):
+        PieceReader(tmp_path, ("model",)).full("weight", name)
+
+
+def test_a_missing_parameter_or_another_shape_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    layout = Layout("final_norm.weight", (8,))
+    save_pieces(tmp_path / "model" / "rank_0.safetensors", [(Piece("weight", layout, 0, 8), torch.ones(8))])
+    reader = PieceReader(tmp_path, ("model",))
+    with pytest.raises(DataError, match=r"no weight of layers\.9\.mlp"):
+        reader.local("weight", Layout("layers.9.mlp", (8,)))
+    with pytest.raises(DataError, match=r"final_norm\.weight has shape \[8\]"):
+        reader.local("weight", Layout("final_norm.weight", (16,)))
+
+
+def test_every_flipped_byte_is_found(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step"
+    shutil.copytree(find(tiny_run), folder)
+    assert damage(folder) is None
+    generator = random.Random(5)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    assert len(files) >= 5
+    for path in generator.choices(files, k=40):
+        content = bytearray(path.read_bytes())
+        place = generator.randrange(len(content))
+        content[place] ^= 1 << generator.randrange(8)
+        before = path.read_bytes()
+        path.write_bytes(content)
+        assert str(path) in str(damage(folder))
+        path.write_bytes(before)
+    for path in files:
+        moved = path.rename(path.with_suffix(".gone"))
+        assert f"{path} is missing" in str(damage(folder))
+        moved.rename(path)
+    with files[0].open("ab") as file:
+        file.write(b"x")
+    assert "bytes where its manifest says" in str(damage(folder))
+
+
+def test_an_unfinished_checkpoint_is_never_picked(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    newest = step_folder(run, checkpoint_steps(run)[-1])
+    shutil.copytree(newest, newest.with_name("step_00000099.partial"))
+    shutil.copytree(newest, step_folder(run, 98))
+    (step_folder(run, 98) / "manifest.json").unlink()
+    assert find(run) == newest
+    (newest / "trainer_state.json").unlink()
+    assert find(run) == step_folder(run, 20)
+    shutil.rmtree(step_folder(run, 20))
+    with pytest.raises(DataError, match=r"trainer_state\.json is missing"):
+        find(run)
+
+
+def test_find_says_what_is_wrong(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no checkpoint"):
+        find(tmp_path)
+    with pytest.raises(DataError, match=r"no checkpoint of step 7; there are \[20, 40\]"):
+        find(tiny_run, 7)
+    assert find(step_folder(tiny_run, 20)) == step_folder(tiny_run, 20)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        read_manifest(tmp_path)
+
+
+def test_prune_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25):
+        step_folder(tmp_path, step).mkdir(parents=True)
+        (step_folder(tmp_path, step) / "manifest.json").write_text("{}")
+    prune(tmp_path, keep_last=2, keep_every=10)
+    assert checkpoint_steps(tmp_path) == [10, 20, 25]
+    prune(tmp_path, keep_last=1, keep_every=0)
+    assert checkpoint_steps(tmp_path) == [25]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    piece = Piece("weight", Layout("final_norm.weight", (8,)), 0, 8)
+    full = OSError(28, "No space left on device", str(tmp_path / "rank_0.safetensors"))
+    with (
+        mock.patch.object(pieces, "save_file", side_effect=full),
+        pytest.raises(DataError, match=r"rank_0\.safetensors.*(space|full)"),
+    ):
+        save_pieces(tmp_path / "rank_0.safetensors", [(piece, torch.ones(8))])
+
+
+def test_the_manifest_lists_every_file(tiny_run: Path) -> None:
+    folder = find(tiny_run)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == set(manifest["files"]) | {"manifest.json"}
+    assert manifest["layout"] == {
+        "data_parallel": 1,
+        "tensor_parallel": 1,
+        "pipeline_parallel": 1,
+        "zero_stage": 1,
+    }
+    assert not list(folder.rglob("*.pt")) + list(folder.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(70, 8), (4, 2), (4, 4), (5, 3), (24, 1), (2, 4)])
+def test_end_stages_hold_one_layer_fewer(layers: int, stages: int) -> None:
+    bounds = stage_bounds(layers, stages)
+    sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert bounds[0] == 0
+    assert bounds[-1] == layers + 2
+    assert max(sizes) - min(sizes) <= 1
+    if (layers + 2) % stages == 0:
+        assert len(set(sizes)) == 1
+    else:
+        assert sizes[0] == min(sizes)

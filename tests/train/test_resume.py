@@ -1,0 +1,234 @@
+"""Stopping and going on: killed, asked to stop, resumed by other ranks, with damaged files or a full disk.
+
+Each run is a real command in a process of its own, as a user starts it.
+"""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, Command
+from train.checkpoint.select import checkpoint_steps, step_folder
+
+pytestmark = pytest.mark.e2e
+STEPS = 24
+TIMINGS = {"step_seconds", "tokens_per_second", "mfu", "attempt"}
+"""Fields that may differ: timings, and the number of the attempt that wrote the line."""
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    return [
+        *tiny_overrides,
+        "model.hidden_dropout=0.1",
+        "model.attention_dropout=0.1",
+        f"max_steps={STEPS}",
+        "checkpoint.every_steps=5",
+        "saving.keep_last=3",
+        "logging.every_steps=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, overrides: list[str], command: Command) -> Path:
+    """The uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    command("train", *overrides, f"run_dir={run_dir}", "saving.keep_last=10")
+    return run_dir
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in found]
+
+
+def started(words: list[str], run_dir: Path, module: str = "train") -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *words, f"run_dir={run_dir}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def steps_written(run_dir: Path) -> int:
+    file = run_dir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def test_a_killed_run_repeats_itself_bit_for_bit(
+    whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    generator = random.Random()
+    process = started(overrides, tmp_path / "run")
+    wanted = generator.randrange(6, 16)
+    wait_for(lambda: steps_written(tmp_path / "run") >= wanted, process)
+    time.sleep(generator.random() * 0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert steps_written(tmp_path / "run") < STEPS
+    command("train", *overrides, f"run_dir={tmp_path / 'run'}")
+    assert lines(tmp_path / "run") == lines(whole_run)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    process = started([*overrides, "checkpoint.every_steps=0"], tmp_path / "run")
+    wait_for(lambda: steps_written(tmp_path / "run") >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 75, output
+    stopped_at = steps_written(tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [stopped_at]
+    assert "stopped by SIGTERM" in output
+    assert "resume with:" in output
+    command("train", *overrides, f"run_dir={tmp_path / 'run'}")
+    assert lines(tmp_path / "run") == lines(whole_run)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [],
+        ["parallel.tensor_parallel=2", "resume.reshape=true"],
+        ["parallel.pipeline_parallel=2", "resume.reshape=true"],
+        ["parallel.zero_stage=3", "resume.reshape=true"],
+    ],
+    ids=["data_parallel", "tensor_parallel", "pipeline_parallel", "zero_3"],
+)
+def test_two_ranks_go_on_with_the_same_samples(
+    layout: list[str], whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    for step in checkpoint_steps(run_dir):
+        if step > 10:
+            shutil.rmtree(step_folder(run_dir, step))
+    command("launch", "cluster.processes=2", *overrides, *layout, f"run_dir={run_dir}")
+    found, expected = lines(run_dir), lines(whole_run)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    for line, other in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+        for key in ("consumed_samples", "consumed_tokens", "target_tokens", "lr"):
+            assert line[key] == other[key]
+    assert (run_dir / "discarded").is_dir()
+
+
+def test_another_layout_needs_the_flag(overrides: list[str], whole_run: Path, tmp_path: Path, command: Command) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    words = [*overrides, f"run_dir={tmp_path / 'run'}", "max_steps=30", "parallel.zero_stage=0"]
+    done = command("train", *words, check=False)
+    assert done.returncode == 2
+    assert "parallel.zero_stage=0" in done.stderr
+    assert "resume.reshape=true" in done.stderr
+
+
+def test_another_seed_is_refused_by_name(
+    overrides: list[str], whole_run: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    done = command("train", *overrides, f"run_dir={tmp_path / 'run'}", "seed=2", check=False)
+    assert done.returncode == 2
+    assert "seed=2" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    newest, before = checkpoint_steps(run_dir)[-1], checkpoint_steps(run_dir)[-2]
+    file = next((step_folder(run_dir, newest) / "optimizer").iterdir())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = command("train", *overrides, f"run_dir={run_dir}")
+    assert f"{file} is damaged" in done.stdout + done.stderr
+    assert f"step_{before:08d}" in done.stdout + done.stderr
+    assert lines(run_dir) == lines(whole_run)
+
+
+def test_no_whole_checkpoint_is_an_error_and_nothing_is_lost(
+    whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    for step in checkpoint_steps(run_dir):
+        next((step_folder(run_dir, step) / "model").iterdir()).unlink()
+    steps = checkpoint_steps(run_dir)
+    done = command("train", *overrides, f"run_dir={run_dir}", check=False)
+    assert done.returncode == 3
+    assert "is missing" in done.stderr
+    assert checkpoint_steps(run_dir) == steps
+    assert lines(run_dir) == lines(whole_run)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_alone(overrides: list[str], tmp_path: Path) -> None:
+    """A file-size limit stands in for the disk: writes beyond it fail in the same place."""
+    run_dir = tmp_path / "run"
+    words = [sys.executable, "-m", "train", *overrides, f"run_dir={run_dir}"]
+    done = subprocess.run(
+        words,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert done.returncode == 3, done.stderr
+    assert "step_00000005.partial" in done.stderr
+    assert checkpoint_steps(run_dir) == []
+    assert not list((run_dir / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "place"),
+    [
+        (["model.init=normal", "model.init_std=1e20"], "loss and grad_norm not finite, first in rank 0, layers.0"),
+        (["loss.z_loss=1e38"], "grad_norm not finite, first in the backward pass"),
+    ],
+    ids=["forward", "backward"],
+)
+def test_a_diverging_run_says_where(
+    fault: list[str], place: str, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    done = command("train", *overrides, f"run_dir={tmp_path / 'run'}", *fault, check=False)
+    assert done.returncode == 1
+    assert f"step 1: {place}" in done.stderr
+    assert "Traceback" not in done.stderr
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert json.loads(events)["kind"] == "non_finite"
+    assert checkpoint_steps(tmp_path / "run") == []
+
+
+def test_initialize_from_takes_the_weights_alone(
+    whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    run_dir = tmp_path / "run"
+    command("train", *overrides, f"run_dir={run_dir}", f"initialize_from={whole_run}", "max_steps=2")
+    fresh, before = lines(run_dir), lines(whole_run)
+    assert fresh[0]["consumed_samples"] == before[0]["consumed_samples"]
+    assert fresh[0]["loss"] < before[0]["loss"]
