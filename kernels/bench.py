@@ -68,8 +68,8 @@ def check(case: Case) -> list[dict[str, Any]]:
     return rows
 
 
-def graph_time(function: Callable[[], object], repeats: int = 15, inner: int = 4) -> float:
-    """Median milliseconds of a call, replayed from a CUDA graph of `inner` calls."""
+def captured(function: Callable[[], object], inner: int = 2) -> Callable[[], object]:
+    """A CUDA graph of `inner` calls, to be replayed: no launch gaps, for every implementation alike."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -80,13 +80,12 @@ def graph_time(function: Callable[[], object], repeats: int = 15, inner: int = 4
     with torch.cuda.graph(graph):
         for _ in range(inner):
             function()
-    return event_time(graph.replay, repeats) / inner
+    return graph.replay
 
 
-def event_time(function: Callable[[], object], repeats: int = 15) -> float:
-    """Median milliseconds of a call, between device events."""
-    for _ in range(3):
-        function()
+def event_times(function: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` calls, between device events, after one that is not counted."""
+    function()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -95,14 +94,19 @@ def event_time(function: Callable[[], object], repeats: int = 15) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return times
+
+
+def event_time(function: Callable[[], object], repeats: int = 31) -> float:
+    """Median milliseconds of a call."""
+    return statistics.median(event_times(function, repeats))
 
 
 def copy_ceiling() -> float:
     """Bytes a second of a large device-to-device copy, read + written."""
     source = torch.randn(2**29, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    return 2.0 * 2**30 / (event_time(lambda: target.copy_(source), 31) * 1e-3)
+    return 2.0 * 2**30 / (event_time(lambda: target.copy_(source)) * 1e-3)
 
 
 def matmul_ceiling() -> float:
@@ -111,41 +115,56 @@ def matmul_ceiling() -> float:
     return 2.0 * 8192**3 / (event_time(lambda: a @ b) * 1e-3)
 
 
+ROUNDS, REPEATS, INNER = 5, 5, 2
+
+
 def measure(case: Case, ceiling: float) -> list[dict[str, Any]]:
-    """Times of every implementation and peer, forward alone and with the backward."""
+    """Times of every implementation and peer, forward alone and with the backward.
+
+    The runs take turns, ROUNDS times, so that a card that slows down as it warms up slows all of them.
+    """
     timed = {name: (case.inputs, run, case.work) for name, run in case.runs.items()} | case.extra
-    clock = graph_time if case.unit == "bytes" else event_time
-    rows = []
+    inner = INNER if case.unit == "bytes" else 1
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[tuple[str, str], tuple[Callable[[], object], float]] = {}
     for name, (inputs, run, work) in timed.items():
-        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "implementation": name}
+        row = rows[name] = {"op": case.op, "shape": case.shape, "implementation": name}
+
+        def forward(run: Run = run, inputs: list[Tensor] = inputs) -> None:
+            with torch.no_grad():
+                run(inputs)
+
         try:
             dout = torch.randn_like(first(run(inputs)))
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            torch.autograd.grad(first(run(inputs)), inputs, dout)
-            torch.cuda.synchronize()
-            row["peak GiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
-
-            def forward(run: Run = run, inputs: list[Tensor] = inputs) -> None:
-                with torch.no_grad():
-                    run(inputs)
 
             def both(run: Run = run, inputs: list[Tensor] = inputs, dout: Tensor = dout) -> None:
                 torch.autograd.grad(first(run(inputs)), inputs, dout)
 
+            both()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            both()
+            torch.cuda.synchronize()
+            row["peak GiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
             for label, function, amount in (("forward", forward, work[0]), ("forward + backward", both, work[1])):
-                seconds = clock(function) * 1e-3
-                row[f"{label} us"] = round(seconds * 1e6, 1)
-                if case.unit == "bytes":
-                    row[f"{label} % of copy"] = round(100 * amount / seconds / ceiling, 1)
-                else:
-                    row[f"{label} TFLOP/s"] = round(amount / seconds / 1e12, 1)
+                calls[name, label] = (captured(function, inner) if case.unit == "bytes" else function, amount)
         except (RuntimeError, ValueError) as error:  # a peer may not run here; ours are checked before
             row["error"] = str(error).splitlines()[0][:120]
-        rows.append(row)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    for _ in range(ROUNDS):
+        for key, (call, _) in calls.items():
+            times[key] += event_times(call, REPEATS)
+    for (name, label), (_, amount) in calls.items():
+        seconds = statistics.median(times[name, label]) * 1e-3 / inner
+        rows[name][f"{label} us"] = round(seconds * 1e6, 1)
+        if case.unit == "bytes":
+            rows[name][f"{label} % of copy"] = round(100 * amount / seconds / ceiling, 1)
+        else:
+            rows[name][f"{label} TFLOP/s"] = round(amount / seconds / 1e12, 1)
+    for row in rows.values():
         print(" | ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    return rows
+    return list(rows.values())
 
 
 def write(path: Path, rows: list[dict[str, Any]], header: list[str]) -> None:

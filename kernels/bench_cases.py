@@ -166,9 +166,6 @@ def attention_cases(small: bool) -> Iterator[Case]:
         if not probability:
             names += ["flex"] if small else ["flex", "sdpa"]
         runs = _implementations("interval_attention", names, features, call)
-        if not probability or small:
-            deterministic = resolve("interval_attention", "triton", "cuda", BF16, {*features, "deterministic"})
-            runs["triton deterministic"] = partial(call, deterministic)
         visible = batch * heads * length * length * share
         case = Case(
             "interval_attention",

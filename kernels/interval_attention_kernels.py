@@ -4,9 +4,9 @@ Of a block of queries the kernel takes the hull [min attend_from, max attend_to)
 it; keys in [max attend_from, min attend_to) are seen by all of the block's queries and need no mask. The backward
 does the same by blocks of keys, from a plan of which blocks of queries see each (`_plan_kernel`).
 
-Softmax and accumulation are float32, so `alpha` changes nothing here. Forward: QKᵀ and PV. Backward by blocks of keys:
-QKᵀ, dOVᵀ, dV, dK; dQ either in the same pass by float32 atomic additions (5 products, the order of additions varies) or
-in a pass of its own (7 products, deterministic).
+Softmax and accumulation are float32, so `alpha` changes nothing here. Forward: QKᵀ and PV. Backward in two passes, by
+blocks of keys (QKᵀ, dOVᵀ, dV, dK) and by blocks of queries (QKᵀ, dOVᵀ, dQ): seven products where one pass with atomic
+additions into dQ has five, but always in the same order, and faster in every trial (docs/kernels.md).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -209,10 +209,10 @@ def _plan_kernel(attend_from, attend_to, plan, queries, keys, NQ: tl.constexpr, 
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_desc, do_desc, dq_desc, dq, lse_base, delta_base, from_base, to_base, block, start, row, q_column,
-    column, width, queries, keys, unit, inner, key, sample, head, keep_scale,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr, FUSE_DQ: tl.constexpr, REDUCE: tl.constexpr,
+    dk, dv, k, v, q_desc, do_desc, lse_base, delta_base, from_base, to_base, block, start, row, q_column,
+    column, queries, keys, unit, inner, key, sample, head, keep_scale,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against the program's block of keys; the tile is held transposed, [BN, BM]."""
     rows = block * BM + tl.arange(0, BM)
@@ -241,23 +241,15 @@ def _dkv_step(
         ds *= 1.0 - x * x
     ds = ds.to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision="ieee")
-    if FUSE_DQ:
-        part = tl.dot(tl.trans(ds), k, input_precision="ieee")
-        if REDUCE:
-            dq_desc.atomic_add([row + block * BM, column], part)
-        else:
-            dims = tl.arange(0, D)
-            at = dq + (row + rows[:, None]).to(tl.int64) * width + column + dims[None, :]
-            tl.atomic_add(at, part, mask=valid[:, None], sem="relaxed")
     return dk, dv
 
 
 @triton.jit
 def _dkv_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_desc, attend_from, attend_to, samples, dq, dk, dv, lse, delta, plan,
+    q_desc, k_desc, v_desc, do_desc, attend_from, attend_to, samples, dk, dv, lse, delta, plan,
     heads, kv_heads, queries, keys, q_head, k_head, v_head, scale, unit, inner, key, first_head, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr, FUSE_DQ: tl.constexpr, REDUCE: tl.constexpr,
+    THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one key-value head, all its query heads. dout, dq, dk, dv contiguous; dq float32, unscaled.
 
@@ -289,19 +281,19 @@ def _dkv_kernel(
         delta_base = delta + (batch64 * heads + head) * queries
         for i in tl.range(inside_low, inside_high):
             acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, k, v, q_desc, do_desc, dq_desc, dq, lse_base, delta_base, from_base, to_base, i, start,
-                row, head * q_head, head * D, heads * D, queries, keys, unit, inner, key, sample, first_head + head,
+                acc_k, acc_v, k, v, q_desc, do_desc, lse_base, delta_base, from_base, to_base, i, start,
+                row, head * q_head, head * D, queries, keys, unit, inner, key, sample, first_head + head,
                 keep_scale,
-                D, BM, BN, False, SOFTCAP, THRESHOLD, ALIGNED, FUSE_DQ, REDUCE,
+                BM, BN, False, SOFTCAP, THRESHOLD, ALIGNED,
             )  # fmt: skip
         left = inside_low - low
         for i in tl.range(0, left + high - inside_high):
             index = tl.where(i < left, low + i, inside_high + i - left)
             acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, k, v, q_desc, do_desc, dq_desc, dq, lse_base, delta_base, from_base, to_base, index,
-                start, row, head * q_head, head * D, heads * D, queries, keys, unit, inner, key, sample,
+                acc_k, acc_v, k, v, q_desc, do_desc, lse_base, delta_base, from_base, to_base, index,
+                start, row, head * q_head, head * D, queries, keys, unit, inner, key, sample,
                 first_head + head, keep_scale,
-                D, BM, BN, True, SOFTCAP, THRESHOLD, ALIGNED, FUSE_DQ, REDUCE,
+                BM, BN, True, SOFTCAP, THRESHOLD, ALIGNED,
             )  # fmt: skip
     column = start + tl.arange(0, BN)
     dims = tl.arange(0, D)

@@ -42,20 +42,20 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the three kernels, and whether dQ is made in the dK dV pass (atomics) or in its own."""
+    """The tiles of the three kernels."""
 
     forward: Tile
     dkv: Tile
     dq: Tile
-    fuse_dq: bool
 
 
-# found by sweeps on an H100 (docs/kernels.md)
+# found by sweeps on an H100 (docs/kernels.md): four warps a program, so that several share a multiprocessor and one's
+# softmax runs beside another's products
 TILES = {
-    64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), False),
-    128: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), False),
+    64: Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
 }
-SMALL = Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), True)  # float32, or other head dims
+SMALL = Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))  # float32, or other head dims
 
 
 def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
@@ -105,7 +105,7 @@ def _fits_descriptor(tensor: Tensor) -> bool:
 @torch.library.custom_op("tiankong::interval_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, attend_from: Tensor, attend_to: Tensor, samples: Tensor | None,
-    scale: float, softcap: float, key: int, first_head: int, probability: float, want_max: bool, deterministic: bool,
+    scale: float, softcap: float, key: int, first_head: int, probability: float, want_max: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out, lse, and the largest logit of each head (empty unless wanted)."""
     batch, queries, heads, dim = q.shape
@@ -126,7 +126,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head, probability, want_max, deterministic):
+def _(q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head, probability, want_max):
     return (
         q.new_empty(q.shape),
         q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32),
@@ -138,15 +138,12 @@ def _(q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head,
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, attend_from: Tensor, attend_to: Tensor, samples: Tensor | None,
     out: Tensor, lse: Tensor,
-    scale: float, softcap: float, key: int, first_head: int, probability: float, deterministic: bool,
+    scale: float, softcap: float, key: int, first_head: int, probability: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     tiles = tiles_for(dim, q.dtype)
-    fuse = tiles.fuse_dq and not deterministic
-    dq = torch.empty(q.shape, dtype=torch.float32 if fuse else q.dtype, device=q.device)
-    if fuse:
-        dq.zero_()
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -164,13 +161,11 @@ def _backward(
     )
     _dkv_kernel[(blocks, batch * kv_heads)](
         _descriptor(q, tile.queries), _descriptor(k, tile.keys), _descriptor(v, tile.keys),
-        _descriptor(dout, tile.queries), _descriptor(dq, tile.queries),
-        attend_from, attend_to, samples, dq, dk, dv, lse, delta, plan, heads, kv_heads, queries, keys,
+        _descriptor(dout, tile.queries), attend_from, attend_to, samples, dk, dv,
+        lse, delta, plan, heads, kv_heads, queries, keys,
         *strides, scale, *units, *randomness,
-        GROUP=heads // kv_heads, FUSE_DQ=fuse, REDUCE=q.is_cuda, **_switches(q, keys, tile, softcap, probability),
+        GROUP=heads // kv_heads, **_switches(q, keys, tile, softcap, probability),
     )  # fmt: skip
-    if fuse:
-        return torch.mul(dq, scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device)), dk, dv
     tile = tiles.dq
     _dq_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
         _descriptor(q, tile.queries), _descriptor(k, tile.keys), _descriptor(v, tile.keys),
@@ -187,16 +182,16 @@ def _(dout, q, k, v, *others):
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head, probability, _, deterministic = inputs
+    q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head, probability, _ = inputs
     out, lse, tops = output
     ctx.save_for_backward(q, k, v, attend_from, attend_to, samples, out, lse)
-    ctx.options = (scale, softcap, key, first_head, probability, deterministic)
+    ctx.options = (scale, softcap, key, first_head, probability)
     ctx.mark_non_differentiable(lse, tops)
 
 
 def _derivative(ctx, dout, _lse, _tops):
     dq, dk, dv = _backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options)
-    return dq, dk, dv, *(None,) * 10
+    return dq, dk, dv, *(None,) * 9
 
 
 _forward.register_autograd(_derivative, setup_context=_setup)
@@ -214,12 +209,11 @@ def interval_attention(
     softcap: float = 0.0,
     dropout: Dropout | None = None,
     want_max_logit: bool = False,
-    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Interval attention by the Triton kernels; see `kernels.interval_attention.interval_attention`.
 
     q, k, v: slices of a packed projection are read in place, others copied first. head_dim: one of HEAD_DIMS.
-    alpha changes nothing: scores are float32. deterministic: dQ in its own pass, in a fixed order.
+    alpha changes nothing: scores are float32. Forward and backward are deterministic.
     """
     check(q, k, v, attend_from, attend_to, softcap, dropout)
     if q.shape[-1] not in HEAD_DIMS:
@@ -234,6 +228,6 @@ def interval_attention(
     q, k, v = (tensor if _fits_descriptor(tensor) else tensor.contiguous() for tensor in (q, k, v))
     out, lse, tops = _forward(
         q, k, v, attend_from.contiguous(), attend_to.contiguous(), samples,
-        scale, softcap, key, first_head, probability, want_max_logit, deterministic,
+        scale, softcap, key, first_head, probability, want_max_logit,
     )  # fmt: skip
     return out, lse, tops if want_max_logit else None

@@ -4,8 +4,8 @@ One pass forward (reads x, f; writes out) and one backward (reads x, f, dout; wr
 in the backward it keeps the column sums of its rows (bias, weight, norm_bias gradients) in registers and writes them
 once, and a small kernel adds the programs' parts up in a fixed order. The sum is computed again from x and f rather
 than stored: the same bytes (5 + 3 against 4 + 4), and exact. A row is held as two powers of two, so that hidden 12288
-is 8192 + 4096 and nothing idles; in the backward, rows over WIDE do not fit and are read twice, the second time from
-the caches.
+is 8192 + 4096 and nothing idles; the column sums of rows over WIDE do not fit the registers
+and take a second kernel that reads x, f and dout again (8 passes instead of 5).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -137,12 +137,14 @@ def _write(
 
 @triton.jit
 def _backward_kernel(
-    x, f, bias, weight, samples, dout, dsums, dx, df, part, means, rstds, rows, positions, first_position, key,
+    x, f, bias, weight, samples, dout, dsums, dx, df, part, means, rstds, moments, rows, positions, first_position, key,
     alpha, keep_scale,
     H: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
     RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr, STAGES: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
-    """part: float32 [programs, 3, H], the program's sums of dout · normalised, dout and df."""
+    """part: float32 [programs, 3, H], the program's sums of dout · normalised, dout and df; moments instead without
+    SUMS (see _column_kernel)."""
     scale_a = tl.zeros([A], tl.float32)
     shift_a = tl.zeros([A], tl.float32)
     bias_a = tl.zeros([A], tl.float32)
@@ -166,9 +168,10 @@ def _backward_kernel(
         dy, wdy, hat = _gradient(dout, weight, row, total, mean, rstd, mask, 0, A, H)
         c1 = tl.sum(wdy, 0)
         c2 = tl.sum(wdy * hat, 0)
-        scale_a += dy * hat
-        if not RMS:
-            shift_a += dy
+        if SUMS:
+            scale_a += dy * hat
+            if not RMS:
+                shift_a += dy
         if B > 0:
             total_b, factor_b, mask_b = _piece(
                 x, f, bias, row, sample, element, key, alpha, keep_scale, H, A, B, HAS_F, HAS_BIAS, THRESHOLD
@@ -176,40 +179,45 @@ def _backward_kernel(
             dy_b, wdy_b, hat_b = _gradient(dout, weight, row, total_b, mean, rstd, mask_b, A, B, H)
             c1 += tl.sum(wdy_b, 0)
             c2 += tl.sum(wdy_b * hat_b, 0)
-            scale_b += dy_b * hat_b
-            if not RMS:
-                shift_b += dy_b
+            if SUMS:
+                scale_b += dy_b * hat_b
+                if not RMS:
+                    shift_b += dy_b
         c1 = c1 / H
         if RMS:
             c1 = 0.0
         c2 = c2 / H
+        if not SUMS:
+            tl.store(moments + 2 * row, c1)
+            tl.store(moments + 2 * row + 1, c2)
         ds = _write(dx, df, dsums, row, wdy, hat, c1, c2, rstd, factor, alpha, mask, 0, A, H, HAS_F, WANT_SUM)
-        if HAS_BIAS:
+        if HAS_BIAS and SUMS:
             bias_a += ds
         if B > 0:
             ds_b = _write(
                 dx, df, dsums, row, wdy_b, hat_b, c1, c2, rstd, factor_b, alpha, mask_b, A, B, H, HAS_F, WANT_SUM
             )
-            if HAS_BIAS:
+            if HAS_BIAS and SUMS:
                 bias_b += ds_b
-    base = part + tl.program_id(0).to(tl.int64) * 3 * H
-    column = tl.arange(0, A)
-    tl.store(base + column, scale_a, mask=column < H)
-    if not RMS:
-        tl.store(base + H + column, shift_a, mask=column < H)
-    if HAS_BIAS:
-        tl.store(base + 2 * H + column, bias_a, mask=column < H)
-    if B > 0:
-        column_b = A + tl.arange(0, B)
-        tl.store(base + column_b, scale_b, mask=column_b < H)
+    if SUMS:
+        base = part + tl.program_id(0).to(tl.int64) * 3 * H
+        column = tl.arange(0, A)
+        tl.store(base + column, scale_a, mask=column < H)
         if not RMS:
-            tl.store(base + H + column_b, shift_b, mask=column_b < H)
+            tl.store(base + H + column, shift_a, mask=column < H)
         if HAS_BIAS:
-            tl.store(base + 2 * H + column_b, bias_b, mask=column_b < H)
+            tl.store(base + 2 * H + column, bias_a, mask=column < H)
+        if B > 0:
+            column_b = A + tl.arange(0, B)
+            tl.store(base + column_b, scale_b, mask=column_b < H)
+            if not RMS:
+                tl.store(base + H + column_b, shift_b, mask=column_b < H)
+            if HAS_BIAS:
+                tl.store(base + 2 * H + column_b, bias_b, mask=column_b < H)
 
 
 @triton.jit
-def _wide_tile(
+def _tile(
     x, f, bias, weight, dout, row, row_mask, start, sample, element, key, alpha, keep_scale, mean, rstd,
     H: tl.constexpr, CH: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -234,21 +242,25 @@ def _wide_tile(
 
 
 @triton.jit
-def _wide_backward_kernel(
-    x, f, bias, weight, samples, dout, dsums, dx, df, part, means, rstds, rows, positions, first_position, key,
-    alpha, keep_scale,
+def _column_kernel(
+    x, f, bias, weight, samples, dout, dsums, part, means, rstds, moments, rows, positions, first_position, key,
+    alpha, keep_scale, rows_each,
     H: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
     RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """The backward of rows too long for registers: T rows at a time, twice over their columns.
+    """The column sums alone, for rows too long to keep theirs in registers: a strip of CH columns, a range of rows.
 
-    The second pass finds the rows in the caches. The column sums live in the program's own part of memory (zeroed
-    before), read and written once for T rows, which the second-level cache absorbs.
+    moments: float32 [rows, 2], the row means of weight · dout and of weight · dout · normalised.
     """
-    base = part + tl.program_id(0).to(tl.int64) * 3 * H
-    for slab in range(tl.program_id(0), (rows + T - 1) // T, tl.num_programs(0)):
-        row = tl.full([T], 0, tl.int64) + slab * T + tl.arange(0, T)
-        row_mask = row < rows
+    start = tl.program_id(0) * CH
+    first = tl.program_id(1).to(tl.int64) * rows_each
+    last = tl.minimum(first + rows_each, rows)
+    scale = tl.zeros([T, CH], tl.float32)
+    shift = tl.zeros([T, CH], tl.float32)
+    branch = tl.zeros([T, CH], tl.float32)
+    for top in range(first, last, T):
+        row = tl.full([T], 0, tl.int64) + top + tl.arange(0, T)
+        row_mask = row < last
         sample, element = row * 0, row * 0
         if THRESHOLD > 0:
             sample = tl.load(samples + row // positions, mask=row_mask, other=0)
@@ -257,44 +269,30 @@ def _wide_backward_kernel(
         mean = rstd * 0.0
         if not RMS:
             mean = tl.load(means + row, mask=row_mask, other=0.0)
-        sum1 = tl.zeros([T, CH], tl.float32)
-        sum2 = tl.zeros([T, CH], tl.float32)
-        for start in range(0, H, CH):
-            _, wdy, hat, _, _, _ = _wide_tile(
-                x, f, bias, weight, dout, row, row_mask, start, sample, element, key, alpha, keep_scale, mean, rstd,
-                H, CH, HAS_F, HAS_BIAS, THRESHOLD,
-            )  # fmt: skip
-            sum1 += wdy
-            sum2 += wdy * hat
-        c1 = tl.sum(sum1, 1) / H
-        if RMS:
-            c1 = c1 * 0.0
-        c2 = tl.sum(sum2, 1) / H
-        for start in range(0, H, CH):
-            dy, wdy, hat, factor, mask, at = _wide_tile(
-                x, f, bias, weight, dout, row, row_mask, start, sample, element, key, alpha, keep_scale, mean, rstd,
-                H, CH, HAS_F, HAS_BIAS, THRESHOLD,
-            )  # fmt: skip
+        dy, wdy, hat, factor, mask, at = _tile(
+            x, f, bias, weight, dout, row, row_mask, start, sample, element, key, alpha, keep_scale, mean, rstd,
+            H, CH, HAS_F, HAS_BIAS, THRESHOLD,
+        )  # fmt: skip
+        scale += dy * hat
+        if not RMS:
+            shift += dy
+        if HAS_BIAS:
+            c1 = tl.load(moments + 2 * row, mask=row_mask, other=0.0)
+            c2 = tl.load(moments + 2 * row + 1, mask=row_mask, other=0.0)
             ds = rstd[:, None] * (wdy - c1[:, None] - hat * c2[:, None])
             if WANT_SUM:
                 ds += tl.load(dsums + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx + at, alpha * ds, mask=mask)
-            ds = tl.where(mask, ds * factor, 0.0)
-            column = start + tl.arange(0, CH)
-            here = column < H
-            if HAS_F:
-                tl.store(df + at, ds, mask=mask)
-            tl.store(base + column, tl.load(base + column, mask=here, other=0.0) + tl.sum(dy * hat, 0), mask=here)
-            if not RMS:
-                to = base + H + column
-                tl.store(to, tl.load(to, mask=here, other=0.0) + tl.sum(dy, 0), mask=here)
-            if HAS_BIAS:
-                to = base + 2 * H + column
-                tl.store(to, tl.load(to, mask=here, other=0.0) + tl.sum(ds, 0), mask=here)
+            branch += tl.where(mask, ds * factor, 0.0)
+    column = start + tl.arange(0, CH)
+    to = part + tl.program_id(1).to(tl.int64) * 3 * H + column
+    tl.store(to, tl.sum(scale, 0), mask=column < H)
+    tl.store(to + H, tl.sum(shift, 0), mask=column < H)
+    tl.store(to + 2 * H, tl.sum(branch, 0), mask=column < H)
 
 
-WIDE = 8192  # rows longer than this take _wide_backward_kernel
-WIDE_TILE = (2, 2048, 16, 1)  # rows, columns, warps, programs a multiprocessor
+WIDE = 8192  # rows longer than this take their column sums from _column_kernel
+WIDE_ROWS = (16, 8)  # warps a program, programs a multiprocessor of the row kernel there
+WIDE_TILE = (4, 256, 4, 12)  # rows, columns, warps, programs a multiprocessor of _column_kernel
 
 
 def launch_shape(hidden: int, backward: bool) -> tuple[int, int, int]:
@@ -303,7 +301,7 @@ def launch_shape(hidden: int, backward: bool) -> tuple[int, int, int]:
         if hidden <= 1024:
             return 4, 8, 1
         if hidden <= 4096:
-            return 8, 1, 4
+            return 8, 1, 5
         return 8, 1, 1
     if hidden <= 1024:
         return 2, 16, 1
@@ -374,28 +372,30 @@ def _backward(
     hidden, rows = x.shape[-1], x.numel() // x.shape[-1]
     dx = torch.empty_like(x)
     df = torch.empty_like(x) if f is not None else x.new_empty(0)
-    warps, each, stages = launch_shape(hidden, backward=True)
+    wide = hidden > WIDE
+    warps, each, stages = (*WIDE_ROWS, 1) if wide else launch_shape(hidden, backward=True)
     programs = min(rows, each * multiprocessors(x.device))
     positions = x.shape[-2] if x.dim() > 1 else 1
     if not rows:
         return dx, df, torch.zeros(3, hidden, dtype=torch.float32, device=x.device)
     options = _options(hidden, f, bias, rms, dsums is not None, probability)
-    if hidden > WIDE:
-        tile, columns, warps, each = WIDE_TILE
-        programs = min(triton.cdiv(rows, tile), each * multiprocessors(x.device))
-        part = torch.zeros(programs, 3, hidden, dtype=torch.float32, device=x.device)
-        del options["A"], options["B"]
-        _wide_backward_kernel[(programs,)](
-            x, f, bias, weight, samples, dout, dsums, dx, df, part, mean, rstd, rows, positions, first_position, key,
-            alpha, 1.0 / (1.0 - probability), T=tile, CH=columns, **options, num_warps=warps,
-        )  # fmt: skip
-        return dx, df, column_sums(part)
-    part = torch.empty(programs, 3, hidden, dtype=torch.float32, device=x.device)
+    scalars = (rows, positions, first_position, key, alpha, 1.0 / (1.0 - probability))
+    part = torch.empty(1 if wide else programs, 3, hidden, dtype=torch.float32, device=x.device)
+    moments = torch.empty(rows if wide else 1, 2, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
-        x, f, bias, weight, samples, dout, dsums, dx, df, part, mean, rstd, rows, positions, first_position, key,
-        alpha, 1.0 / (1.0 - probability),
-        **_options(hidden, f, bias, rms, dsums is not None, probability), STAGES=stages, num_warps=warps,
+        x, f, bias, weight, samples, dout, dsums, dx, df, part, mean, rstd, moments, *scalars,
+        **options, STAGES=stages, SUMS=not wide, num_warps=warps,
     )  # fmt: skip
+    if wide:
+        tile, columns, warps, each = WIDE_TILE
+        strips = triton.cdiv(hidden, columns)
+        rows_each = triton.cdiv(rows, max(1, each * multiprocessors(x.device) // strips))
+        part = torch.empty(triton.cdiv(rows, rows_each), 3, hidden, dtype=torch.float32, device=x.device)
+        del options["A"], options["B"]
+        _column_kernel[(strips, part.shape[0])](
+            x, f, bias, weight, samples, dout, dsums, part, mean, rstd, moments, *scalars, rows_each,
+            T=tile, CH=columns, **options, num_warps=warps,
+        )  # fmt: skip
     return dx, df, column_sums(part)
 
 

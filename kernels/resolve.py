@@ -118,7 +118,6 @@ TABLE: dict[str, Operations] = {
                 CUDA,
                 HALF | {torch.float32},
                 needs="triton",
-                switches=("deterministic",),
             ),
             "flex": Implementation(
                 f"{_ATTENTION}_flex:interval_attention", frozenset({"softcap", "lse"}), CUDA, HALF | {torch.float32}

@@ -74,7 +74,8 @@ else:
     @pytest.mark.parametrize("wide", [False, True])
     @pytest.mark.parametrize(
         "rows,hidden,kind,with_f,probability,both",
-        [(7, 24, "layernorm", 1, 0.3, 1), (1, 30, "rmsnorm", 1, 0.0, 0), (5, 96, "layernorm", 0, 0.0, 0), (3, 30, "layernorm", 1, 0.2, 0)],
+        [(7, 24, "layernorm", 1, 0.3, 1), (1, 30, "rmsnorm", 1, 0.0, 0), (5, 96, "layernorm", 0, 0.0, 0),
+         (3, 30, "layernorm", 1, 0.2, 0)],
     )  # fmt: skip
     def test_residual_norm(monkeypatch, dtype, wide, rows, hidden, kind, with_f, probability, both):
         if wide:
@@ -130,11 +131,11 @@ else:
     @pytest.mark.parametrize("mask", ["causal", "full", "prefix", "one", "random"])
     @pytest.mark.parametrize(
         "heads,kv_heads,length,options",
-        [(2, 2, 35, {}), (4, 2, 20, {"softcap": 5.0, "probability": 0.3}), (2, 1, 18, {"deterministic": True})],
+        [(2, 2, 35, {}), (4, 2, 20, {"softcap": 5.0, "probability": 0.3}), (2, 1, 18, {})],
     )
     def test_attention(monkeypatch, mask, heads, kv_heads, length, options):
         small = attention.Tile(16, 16, 4, 1)
-        monkeypatch.setattr(attention, "SMALL", attention.Tiles(small, small, small, fuse_dq=heads == 4))
+        monkeypatch.setattr(attention, "SMALL", attention.Tiles(small, small, small))
         packed = tensor(2, length, heads + 2 * kv_heads, 16, seed=heads)  # slices of a packed projection
         inputs = list(packed.split((heads, kv_heads, kv_heads), dim=2))
         start, stop = (t.to(DEVICE) for t in intervals(mask, 2, length, length))
@@ -195,7 +196,7 @@ else:
         torch.library.opcheck(ops.rotary, (heads, None, positions, 3, 1, 8, 1, False, 1e4, False), test_utils=checks)
         q = tensor(1, 20, 2, 16, seed=5)
         start, stop = (t.to(DEVICE) for t in intervals("causal", 1, 20, 20))
-        options = (0.25, 0.0, 0, 0, 0.0, False, True)
+        options = (0.25, 0.0, 0, 0, 0.0, True)
         torch.library.opcheck(ops.interval_attention, (q, q, q, start, stop, None, *options), test_utils=checks)
 
     def test_attention_refuses_what_it_cannot():
