@@ -104,7 +104,11 @@ def tiny_overrides(tiny_dataset: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str], command: Command) -> Path:
-    """A finished run of 40 steps of that model, with checkpoints of steps 20 and 40. Read it, never write in it."""
+    """A finished run of 40 steps of that model: checkpoints of steps 20 and 40, validated at step 40 on 8 samples.
+
+    Read it, never write in it.
+    """
     run_dir = tmp_path_factory.mktemp("tiny_run") / "run"
-    command("train", *tiny_overrides, f"run_dir={run_dir}", "max_steps=40", "saving.every_steps=20")
+    wanted = ["max_steps=40", "saving.every_steps=20", "evaluation.every_steps=40", "evaluation.samples=8"]
+    command("train", *tiny_overrides, f"run_dir={run_dir}", *wanted)
     return run_dir

@@ -73,8 +73,14 @@ def complete(trained: Trained, text: str, decoding: Decoding) -> tuple[str, list
     """The text with every mask replaced by what the model writes there, and the blanks in their order.
 
     The text around the masks is the user's own, character by character; the model reads it cleaned as its training
-    text was. Raises ConfigError for a text without a mask, or one too long for the model.
+    text was. Raises ConfigError for a text without a mask, or one too long for the model, and for a model that has
+    never seen a mask.
     """
+    if trained.config.data.sampling.objective != "blank_infilling":
+        raise ConfigError(
+            f"checkpoint={trained.folder} was trained with data.sampling.objective="
+            f"{trained.config.data.sampling.objective}, so it fills no blanks; give one of blank_infilling"
+        )
     tokenizer = trained.tokenizer
     written = fill(trained.model, tokenizer, tokenizer.encode_with_masks(clean_text(text)), decoding)
     parts: list[str] = []
