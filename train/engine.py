@@ -93,7 +93,8 @@ class Engine:
             if "loss scale already at minimum" in str(error):
                 raise RunFailed(
                     f"loss scale fell to its floor precision.loss_scale_minimum={scale:g} and gradients still "
-                    "overflow; lower optimizer.lr, resume from an earlier checkpoint with resume.step, or use precision=bf16"
+                    "overflow; lower optimizer.lr, resume from an earlier checkpoint with resume.step, or use "
+                    "precision=bf16"
                 ) from error
             raise
         skipped = self.deepspeed.skipped_steps > skipped_before

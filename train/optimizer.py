@@ -16,7 +16,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, mesh: Mesh, *, cli
 
     clips: whether the optimizer measures and clips the gradient norm itself (ZeRO 0).
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for layout, parameter in named_layouts(model.parameters()):
         table = "embeddings" in layout.name
         decays = len(layout.full_shape) > 1 and (config.decay_embeddings or not table)

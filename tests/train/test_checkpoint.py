@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, readable in any layout, and a flipped byte anywhere is seen."""
 
+import itertools
 import json
 import random
 import shutil
@@ -142,7 +143,7 @@ def test_the_manifest_lists_every_file(tiny_run: Path) -> None:
 @pytest.mark.parametrize(("layers", "stages"), [(70, 8), (4, 2), (4, 4), (5, 3), (24, 1), (2, 4)])
 def test_end_stages_hold_one_layer_fewer(layers: int, stages: int) -> None:
     bounds = stage_bounds(layers, stages)
-    sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    sizes = [b - a for a, b in itertools.pairwise(bounds)]
     assert bounds[0] == 0
     assert bounds[-1] == layers + 2
     assert max(sizes) - min(sizes) <= 1

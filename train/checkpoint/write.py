@@ -10,18 +10,16 @@ from torch import Tensor
 
 from data_prep.errors import DataError
 from data_prep.files import checksum, sync_folder, write_bytes, write_json
-from train.collective import gather, on_rank_zero, together
 from train.checkpoint.pieces import Piece, save_pieces
 from train.checkpoint.select import LATEST, checkpoint_steps, step_folder
+from train.collective import gather, on_rank_zero, together
 from train.engine import Engine
 from train.model.build import named_layouts
 
 VERSION = 1
 
 
-def save(
-    engine: Engine, run_dir: Path, step: int, state: dict[str, Any], *, config_yaml: str, tokenizer: Path
-) -> Path:
+def save(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], *, config_yaml: str, tokenizer: Path) -> Path:
     """Write checkpoint `step` of a run; all ranks call it together. Returns its folder.
 
     state: what `trainer_state.json` keeps (plain JSON). tokenizer: folder of the dataset's tokenizer, copied along.

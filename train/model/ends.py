@@ -84,8 +84,8 @@ class Head(nn.Module):
     def loss(self, hidden: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy of the target rows only.
 
-        hidden: [B,S,H] from `forward` without labels. Returns (sum of loss_weight * cross entropy, z-loss, group sums float64
-        [NUM_GROUPS, 2] of cross entropy and targets), each whole on every tensor-parallel rank.
+        hidden: [B,S,H] from `forward` without labels. Returns (sum of loss_weight * cross entropy, z-loss, group sums
+        float64 [NUM_GROUPS, 2] of cross entropy and targets), each whole on every tensor-parallel rank.
         """
         context = self.context
         rows = hidden.flatten(0, 1).index_select(0, labels.rows)

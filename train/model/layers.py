@@ -43,9 +43,7 @@ class Attention(nn.Module):
             self.qkv_weight = context.matrix(
                 context.cut(f"{name}.query_key_value.weight", packed, 0), rows[:, None].to(context.mesh.device)
             )
-            self.qkv_bias = context.vector(
-                context.cut(f"{name}.query_key_value.bias", packed[:1], 0), wanted=has_bias
-            )
+            self.qkv_bias = context.vector(context.cut(f"{name}.query_key_value.bias", packed[:1], 0), wanted=has_bias)
         else:
             query = (width, model.hidden_size)
             self.query_weight = context.matrix(context.cut(f"{name}.query.weight", query, 0), query_std)
@@ -104,7 +102,8 @@ class Attention(nn.Module):
         query = column_parallel(x, self.query_weight, mesh.tensor_group).unflatten(2, (-1, dim))
         query = self._rotate(query, self.query_bias, positions, period=1, passthrough=0)
         if self.kv_split:
-            pair, bias = column_parallel(x, self.kv_weight, mesh.tensor_group), self.kv_bias
+            pair = column_parallel(x, self.kv_weight, mesh.tensor_group)
+            bias: Tensor | None = self.kv_bias
         else:
             # Each rank uses some of the heads that all compute, so it is their gradients that are summed over the
             # ranks; x then gets the whole gradient everywhere without a sum of its own.
@@ -242,8 +241,8 @@ class PreNormLayer(Layer):
         self.ffn_norm = Norm(context, f"layers.{index}.mlp_output_norm") if sandwich else None
 
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
-        branch, bias = self.attention(self.input_norm(hidden), meta, sample_index), self.attention.dense_bias
-        branch, bias = _normed(self.attention_norm, branch, bias)
+        branch = self.attention(self.input_norm(hidden), meta, sample_index)
+        branch, bias = _normed(self.attention_norm, branch, self.attention.dense_bias)
         middle, hidden = self.post_norm.after(
             hidden, branch, bias, dropout=self._drop("attention_output", sample_index), return_sum=True
         )
@@ -254,7 +253,8 @@ class PreNormLayer(Layer):
 def _normed(norm: Norm | None, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if norm is None:
         return branch, bias
-    return norm(branch if bias is None else branch + bias), None
+    normed: Tensor = norm(branch if bias is None else branch + bias)
+    return normed, None
 
 
 def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, dropout: Dropout | None) -> Tensor:

@@ -23,7 +23,7 @@ class _CopyToRanks(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Autograd may share this buffer with another path, so the sum must not happen in it.
         grad = grad.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(grad, group=ctx.group)
@@ -38,7 +38,7 @@ class _SumOverRanks(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
