@@ -107,11 +107,16 @@ class _Sequence:
         return hidden
 
     def scores(self, endless: bool) -> Tensor:
-        """Logits of the next token on the CPU, with everything that cannot be text at −inf."""
+        """Logits of the next token on the CPU, with everything that cannot be text at −inf.
+
+        A [MASK] or [sMASK] hides at least one token, so its end is not offered first.
+        """
         logits = self._model.head.logits(self.hidden()[:, -1:])[0, 0].cpu()  # type: ignore[union-attr]
-        end = logits[self._tokenizer.eod if endless else self._tokenizer.eop].clone()
+        stop = self._tokenizer.eod if endless else self._tokenizer.eop
+        end = logits[stop].clone()
         logits[self._tokenizer.mask :] = -torch.inf  # specials stand behind all pieces, padding behind them
-        logits[self._tokenizer.eod if endless else self._tokenizer.eop] = end
+        if endless or self._written > 1:
+            logits[stop] = end
         return logits
 
 

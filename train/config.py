@@ -26,6 +26,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.weighting": ("sequence", "token"),
     "logging.wandb": ("online", "offline", "disabled"),
     "cluster.launcher": ("local",),
+    "kernels.residual_norm": ("auto", "reference", "compile", "triton"),
+    "kernels.bias_activation": ("auto", "reference", "compile", "triton"),
+    "kernels.rotary": ("auto", "reference", "compile", "triton"),
+    "kernels.interval_attention": ("auto", "reference", "compile", "triton", "flex", "unfused", "sdpa"),
+    "kernels.linear_cross_entropy": ("auto", "reference", "compile", "triton"),
+    "kernels.embedding": ("auto", "reference", "compile"),
 }
 """The words a key may hold."""
 

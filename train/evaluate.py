@@ -187,8 +187,11 @@ def _prepared(folder: Path, sources: list[Any], trained: Trained) -> Dataset:
         max_characters=data.max_characters,
         split_shares=[0.0, 0.0, 1.0],
     )
+    settled = PrepConfig(data=settings, tokenizer=TokenizerConfig(path=str(trained.folder / "tokenizer")))
     try:
-        prepare(PrepConfig(data=settings, tokenizer=TokenizerConfig(path=str(trained.folder / "tokenizer"))))
+        # The spinner shows on a terminal only.
+        with Console().status("clean and tokenise"):
+            prepare(settled)
     except DataError as error:
         reasons = _reasons(folder / "rejected")
         if "no document is left" not in str(error) or not reasons:

@@ -22,6 +22,7 @@ import train.evaluate
 import train.generate
 from data_prep.cli import as_yaml, quote_values
 from data_prep.errors import EXIT_CONFIG, ConfigError
+from kernels.resolve import TABLE
 from tests import update_golden
 from train import rules
 from train.cli import compose_train, run_train
@@ -292,6 +293,11 @@ def test_cfg_job_prints_the_resolved_config_and_nothing_else(command):
     assert printed == OmegaConf.to_container(OmegaConf.create(as_yaml(wanted)))
     assert printed["run_dir"] == "运行 (1)"
     assert done.stderr == ""
+
+
+def test_the_words_for_kernels_are_the_implementations_there_are():
+    for operation, table in TABLE.items():
+        assert set(CHOICES[f"kernels.{operation}"]) == {"auto", *table.implementations}
 
 
 # Values with characters that Hydra's grammar knows
