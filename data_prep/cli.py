@@ -74,7 +74,8 @@ def run(
         composed.append(config)
 
     previous = sys.argv
-    sys.argv = [f"{program}", *_QUIET, *words]
+    # Flags last: Hydra's parser takes the words without a dash in one piece only.
+    sys.argv = [program, *_QUIET, *_flags_last(words)]
     # Without this Hydra prints its errors itself and always exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     status = EXIT_DONE
@@ -151,6 +152,15 @@ def _check_groups(words: Sequence[str]) -> None:
             names = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
             if name not in names:
                 raise ConfigError(f"{word} is not known; use one of {', '.join(names)}")
+
+
+def _flags_last(words: Sequence[str]) -> list[str]:
+    """The words with `--cfg job` and the like behind the overrides."""
+    flags = [number for number, word in enumerate(words) if word.startswith("-")]
+    # What follows a flag is its value, unless it is an override.
+    values = [number + 1 for number in flags if number + 1 < len(words) and "=" not in words[number + 1]]
+    moved = sorted({*flags, *values})
+    return [word for number, word in enumerate(words) if number not in moved] + [words[number] for number in moved]
 
 
 def quote_values(words: Sequence[str], aliases: Mapping[str, str] | None = None) -> list[str]:

@@ -295,6 +295,21 @@ def test_cfg_job_prints_the_resolved_config_and_nothing_else(command):
     assert done.stderr == ""
 
 
+def test_flags_may_stand_anywhere_and_a_sweep_runs_each_value(capsys):
+    seen: list[int] = []
+    for words in (
+        ["--cfg", "job", "data.path=D"],
+        ["data.path=D", "--cfg=job"],
+        ["data.path=D", "-c", "job", "seed=3"],
+    ):
+        assert run_train(lambda config: seen.append(config.seed), words) == 0
+        printed = OmegaConf.create(capsys.readouterr().out)
+        assert (printed.data.path, printed.sequence_length) == ("D", 256)
+    assert seen == []
+    assert run_train(lambda config: seen.append(config.seed), ["-m", "seed=1,2", "data.path=D"]) == 0
+    assert seen == [1, 2]
+
+
 def test_the_words_for_kernels_are_the_implementations_there_are():
     for operation, table in TABLE.items():
         assert set(CHOICES[f"kernels.{operation}"]) == {"auto", *table.implementations}

@@ -104,6 +104,31 @@ def test_it_repeats_the_validation_of_the_run(tiny_run, tmp_path):
         assert record["by_language"][lang]["loss"] == pytest.approx(part["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [(4, ["parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"]), (2, ["parallel.zero_stage=3"])],
+    ids=["tensor_2_pipeline_2", "zero_3"],
+)
+def test_it_reads_what_any_layout_wrote(tiny_overrides, tmp_path, command, processes, layout):
+    wanted = ["max_steps=5", "evaluation.every_steps=5", "evaluation.samples=8", f"run_dir={tmp_path / 'run'}"]
+    command("launch", "cluster=local", f"cluster.processes={processes}", *tiny_overrides, *wanted, *layout)
+    validation = json.loads((tmp_path / "run" / "validation.jsonl").read_text(encoding="utf-8"))
+    record = result(tmp_path, f"checkpoint={tmp_path / 'run'}", "samples=8")
+    assert record["loss"] == pytest.approx(validation["loss"], rel=1e-6)
+    assert record["targets"] == validation["targets"]
+
+
+@pytest.mark.gpu
+def test_an_accelerator_gives_the_cpus_loss(trained, tiny_run, tiny_dataset):
+    sampler = Sampler(Dataset.open(tiny_dataset), trained.config.data.sampling, 64, seed=1, split="valid")
+    wanted = evaluate.evaluate(trained, sampler, 16, 8)
+    found = evaluate.evaluate(load_trained(tiny_run, torch.device("cuda")), sampler, 16, 8)
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert found["targets"] == wanted["targets"]
+
+
 def test_the_output_holds_what_it_should(tiny_run, tiny_dataset, tmp_path, capsys):
     record = result(tmp_path, f"checkpoint={tiny_run}/checkpoints/step_00000020", f"data.path={tiny_dataset}")
     names = {"loss", "perplexity", "bits_per_byte", "targets", "unigram_loss", "by_language", "by_kind"}
