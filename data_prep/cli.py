@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ VALUE_KEYS = frozenset(
 )
 """Keys whose values are paths or free text: quoted before Hydra sees them. `data.sources` is a list of such."""
 
-_QUIET = ["hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+_QUIET = ["hydra.run.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
 _QUIET += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 Schema = TypeVar("Schema")
@@ -74,14 +75,16 @@ def run(
         composed.append(config)
 
     previous = sys.argv
-    # Flags last: Hydra's parser takes the words without a dash in one piece only.
-    sys.argv = [program, *_QUIET, *_flags_last(words)]
     # Without this Hydra prints its errors itself and always exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     status = EXIT_DONE
     try:
         _check_groups(words)
-        hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(keep)()
+        # A sweep leaves a file behind, a single run does not.
+        with tempfile.TemporaryDirectory(prefix="tiankong-sweep-") as scratch:
+            # Flags last: Hydra's parser takes the words without a dash in one piece only.
+            sys.argv = [program, *_QUIET, f"hydra.sweep.dir={scratch}", *_flags_last(words)]
+            hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(keep)()
         for config in composed:
             status = max(status, task(to_object(config, schema)) or EXIT_DONE)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
