@@ -2,8 +2,8 @@
 
 First each implementation against float64 on small odd shapes, by RMS error ratio: out and every gradient, at most 1.1 ×
 the error of PyTorch in bf16 (twice on tensors under 10⁴ elements): the reference's; for attention the unfused one's, as
-its products take bf16 probabilities, like every flash kernel's. Then times at full size: medians, element-wise
-operations from CUDA graphs (no launch gaps, every implementation alike), bytes as a share of the copy measured in the
+its products take bf16 probabilities, like every flash kernel's. Then times at full size: medians, but
+for the head from CUDA graphs (no launch gaps, every implementation alike), bytes as a share of the copy measured in the
 same run, products in TFLOP/s. One CSV an operation, with device, versions, command. A failed check ends with status 1.
 """
 
@@ -124,9 +124,10 @@ def measure(case: Case, ceiling: float) -> list[dict[str, Any]]:
     The runs take turns, ROUNDS times, so that a card that slows down as it warms up slows all of them.
     """
     timed = {name: (case.inputs, run, case.work) for name, run in case.runs.items()} | case.extra
-    inner = INNER if case.unit == "bytes" else 1
+    inner = INNER if case.graphed else 1
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[tuple[str, str], tuple[Callable[[], object], float]] = {}
+    alive: list[Tensor] = []  # what the graphs read must outlive them
     for name, (inputs, run, work) in timed.items():
         row = rows[name] = {"op": case.op, "shape": case.shape, "implementation": name}
 
@@ -136,6 +137,7 @@ def measure(case: Case, ceiling: float) -> list[dict[str, Any]]:
 
         try:
             dout = torch.randn_like(first(run(inputs)))
+            alive.append(dout)
 
             def both(run: Run = run, inputs: list[Tensor] = inputs, dout: Tensor = dout) -> None:
                 torch.autograd.grad(first(run(inputs)), inputs, dout)
@@ -148,7 +150,7 @@ def measure(case: Case, ceiling: float) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
             row["peak GiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
             for label, function, amount in (("forward", forward, work[0]), ("forward + backward", both, work[1])):
-                calls[name, label] = (captured(function, inner) if case.unit == "bytes" else function, amount)
+                calls[name, label] = (captured(function, inner) if case.graphed else function, amount)
         except (RuntimeError, ValueError) as error:  # a peer may not run here; ours are checked before
             row["error"] = str(error).splitlines()[0][:120]
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
@@ -183,7 +185,7 @@ def main() -> int:
         prog="python -m kernels.bench", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("operations", nargs="*", default=[], help=f"any of {', '.join(CASES)}; all without")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the CSV files")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/kernels"), help="folder of the CSV files")
     parser.add_argument("--check-only", action="store_true", help="correctness alone")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.operations) - set(CASES))
@@ -195,9 +197,8 @@ def main() -> int:
     import triton
 
     header = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"]
-    header.append(
-        f"python {platform.python_version()}, command: python -m kernels.bench {' '.join(sys.argv[1:])}".strip()
-    )
+    command = f"python -m kernels.bench {' '.join(arguments.operations)}".strip()
+    header.append(f"python {platform.python_version()}, command: {command}")
     failed = 0
     operations = arguments.operations or list(CASES)
     for op in operations:

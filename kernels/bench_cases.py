@@ -24,7 +24,7 @@ class Case:
     inputs: leaves that require grad. runs: implementation → function of the inputs giving a tensor, or a tuple whose
     first is differentiated; the check needs `reference`, which it also runs in float64. work: (forward, forward +
     backward), bytes or operations by `unit`. peer: the run whose error in bf16 is the bound.
-    extra: peers with another mask, timed but not checked.
+    extra: peers with another mask, timed but not checked. graphed: timed from CUDA graphs.
     """
 
     op: str
@@ -35,6 +35,7 @@ class Case:
     work: tuple[float, float]
     extra: dict[str, tuple[list[Tensor], Run, tuple[float, float]]] = field(default_factory=dict)
     peer: str = "reference"
+    graphed: bool = True
 
 
 def _randn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -76,9 +77,7 @@ def residual_norm_cases(small: bool) -> Iterator[Case]:
 def bias_activation_cases(small: bool) -> Iterator[Case]:
     """Bias + activation: 3 + 5 passes of the output's size when gated."""
     for rows, features, kind in (
-        [(999, 1000, "geglu"), (1000, 760, "gelu")]
-        if small
-        else [(16384, 5504, "geglu"), (8192, 8192, "geglu"), (16384, 5504, "swiglu")]
+        [(999, 1000, "geglu"), (1000, 760, "gelu")] if small else [(16384, 5504, "geglu"), (8192, 8192, "geglu")]
     ):
         gated = kind in ("geglu", "swiglu")
         width = features * (2 if gated else 1)
@@ -101,9 +100,7 @@ def bias_activation_cases(small: bool) -> Iterator[Case]:
 def rotary_cases(small: bool) -> Iterator[Case]:
     """Bias + rotary on the packed q, k, v: 2 + 2 passes."""
     for batch, length, heads, dim, mode in (
-        [(3, 333, 5, 64, "2d")]
-        if small
-        else [(8, 2048, 16, 128, "1d"), (4, 2048, 96, 128, "1d"), (8, 2048, 16, 128, "2d")]
+        [(3, 333, 5, 64, "2d")] if small else [(8, 2048, 16, 128, "1d"), (4, 2048, 96, 128, "1d")]
     ):
         x, bias = _randn(batch, length, 3 * heads, dim, seed=1), _randn(3 * heads * dim, seed=2)
         positions = torch.arange(length, device="cuda", dtype=torch.int32).expand(batch, 2, -1).contiguous()
@@ -232,6 +229,7 @@ def linear_cross_entropy_cases(small: bool) -> Iterator[Case]:
             runs,
             "operations",
             (flops, 3 * flops),
+            graphed=False,
         )
 
 

@@ -113,6 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         softcap: float,
         weight_shrink: float,
+        wants_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, vocab = hidden.shape[0], weight.shape[0]
         start = 0 if tp_group is None else dist.get_rank(tp_group) * vocab
@@ -122,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         boost = weights.new_ones(())
         if hidden.dtype == torch.float16 and tokens:
             boost = 1024.0 / weights.max().clamp(min=torch.finfo(torch.float32).tiny * 2048)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = (wants_gradients and need for need in ctx.needs_input_grad[:2])
         lse, row_loss = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
         d_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_hidden else None
         d_weight: Tensor | None = None
@@ -182,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_weight is not None:
             out = torch.empty(d_weight.shape, dtype=weight_dtype, device=d_weight.device)
             d_weight = torch.mul(d_weight, factor * weight_shrink, out=out)
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -204,7 +205,8 @@ def linear_cross_entropy(
     made in one pass. A second backward through the same graph is possible, a double backward is not.
     """
     check(hidden, weight, targets, loss_weight, groups, z_loss, softcap)
+    grads = torch.is_grad_enabled()  # inside an autograd function it is always off
     loss, z, row_loss = _LinearCrossEntropy.apply(
-        hidden.contiguous(), weight, targets, loss_weight, tp_group, z_loss, softcap, weight_shrink
+        hidden.contiguous(), weight, targets, loss_weight, tp_group, z_loss, softcap, weight_shrink, grads
     )
     return loss, z, sums_by_group(row_loss, loss_weight, groups, num_groups)

@@ -23,7 +23,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def gradients_agree(outs, inputs, expected_outs, expected_inputs, tolerance, seed=99):
     """Values and gradients of every input under random output gradients."""
-    grads = [leaf(*out.shape, seed=seed + i).detach() for i, out in enumerate(expected_outs)]
+    grads = [leaf(*out.shape, seed=seed + i).detach().to(out.device) for i, out in enumerate(expected_outs)]
     for out, expected in zip(outs, expected_outs, strict=True):
         assert error_ratio(out, expected) < tolerance
     actual = torch.autograd.grad(outs, inputs, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)])

@@ -181,6 +181,11 @@ else:
         wants = torch.autograd.grad(1000.0 * (want_loss + want_z), wide)
         assert error_ratio(grads[0], wants[0]) < TOLERANCE[dtype]
         assert error_ratio(grads[1], shrink * wants[1]) < TOLERANCE[dtype]
+        with torch.no_grad():  # evaluation makes no gradients
+            again = cross_entropy.linear_cross_entropy(
+                hidden, weight, targets.clamp(min=0).to(DEVICE), weights.to(DEVICE), z_loss=z_loss, softcap=softcap
+            )
+        assert torch.equal(again[0], loss)
         assert sums[3].tolist() == [0.0, 0.0]
         assert sums[8].tolist() == [pytest.approx(row_loss[8].item(), rel=1e-5), 1.0]
 
