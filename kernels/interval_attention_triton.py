@@ -217,7 +217,10 @@ def interval_attention(
     """
     check(q, k, v, attend_from, attend_to, softcap, dropout)
     if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"interval_attention: head_dim={q.shape[-1]}; the Triton kernel takes {HEAD_DIMS}")
+        raise ValueError(
+            f"interval_attention: head_dim={q.shape[-1]}; the Triton kernel takes {HEAD_DIMS}, "
+            "for others set kernels.interval_attention to flex, sdpa or reference"
+        )
     dropout = active(dropout)
     samples, key, first_head, probability = None, 0, 0, 0.0
     if dropout is not None:
