@@ -47,10 +47,9 @@ def device() -> torch.device:
 
 def device_name() -> str:
     """The accelerator's model name, such as `NVIDIA H100 80GB HBM3`, or `cpu`."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cuda":
-        return str(torch.cuda.get_device_name())
-    return str(accelerator.device_name())
+    kind = str(get_accelerator().device_name())
+    named = getattr(torch.get_device_module(kind), "get_device_name", None)
+    return kind if kind == "cpu" or named is None else str(named())
 
 
 def check_precision(dtype: str) -> None:
@@ -157,10 +156,10 @@ def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[A
     return engine, model
 
 
-def make_pipeline_engine(config: Config, mesh: Mesh, optimizer_for: Any, loss_fn: Any) -> tuple[Any, Model]:
-    """DeepSpeed's pipeline engine, one `Model` a stage. loss_fn(hidden, label tensors) is called on the last stage."""
+def make_pipeline_engine(config: Config, mesh: Mesh, optimizer_for: Any, loss_of: Any) -> tuple[Any, Model]:
+    """DeepSpeed's pipeline engine, one `Model` a stage. loss_of(hidden) gives the last stage's loss."""
     with quiet():
-        module = _Stages(config, mesh, loss_fn)
+        module = _Stages(config, mesh, loss_of)
         model = module.forward_funcs[0]
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -172,21 +171,26 @@ def make_pipeline_engine(config: Config, mesh: Mesh, optimizer_for: Any, loss_fn
 
 
 class _Stages(PipelineModule):
-    """One item a stage: the stage's part of the model, which cuts the list by its own slot rule."""
+    """One item a stage: the stage's part of the model, which cuts the list by its own slot rule.
 
-    def __init__(self, config: Config, mesh: Mesh, loss_fn: Any) -> None:
+    The last stage's loss is part of its forward pass, not DeepSpeed's `loss_fn`: what runs after the module's forward
+    has its gradient before DeepSpeed prepares the backward pass, and its bf16 optimizer then clears it.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, loss_of: Any) -> None:
         stage = LayerSpec(Model, config, mesh, DTYPES[config.precision.dtype])
-        super().__init__(
-            layers=[stage] * mesh.pipeline,
-            topology=mesh.grid.topology(),
-            loss_fn=loss_fn,
-            partition_method="uniform",
-        )
+        super().__init__(layers=[stage] * mesh.pipeline, topology=mesh.grid.topology(), partition_method="uniform")
         self._embedding_group = mesh.embedding_group
+        self._loss_of = loss_of if mesh.last_stage else None
         head = self.forward_funcs[0].head
         if head is not None and config.model.tied_embeddings:
             # The copy on the last stage is the second one: it stays out of the gradient norm.
             head.weight.ds_pipe_replicated = True
+
+    def forward(self, state: Any) -> Any:
+        """The stage's `State`, or the loss on the last stage."""
+        out = super().forward(state)
+        return out if self._loss_of is None else self._loss_of(out)
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """The tied table's copy on this stage, whose gradient DeepSpeed sums with the other end's."""
@@ -204,8 +208,10 @@ def _settings(config: Config, mesh: Mesh, model: Model) -> dict[str, Any]:
             # A bucket is allocated whole, so a small model must not pay for a large one's.
             "reduce_bucket_size": min(parallel.reduce_bucket_elements, elements),
             "allgather_bucket_size": min(parallel.allgather_bucket_elements, elements),
-            "overlap_comm": parallel.overlap_communication,
+            "overlap_comm": parallel.overlap_communication and mesh.device.type != "cpu",
         }
+    if parallel.overlap_communication and mesh.device.type == "cpu" and mesh.rank == 0:
+        logger.warning("parallel.overlap_communication has no effect on a CPU")
     if parallel.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": min(parallel.allgather_bucket_elements, elements)}
     settings: dict[str, Any] = {

@@ -5,6 +5,7 @@ two engines want. Results stay on the device until `read` fetches many steps at 
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -254,6 +255,7 @@ class PipelineEngine(Engine):
     """Several stages: DeepSpeed's pipeline engine with its 1F1B schedule."""
 
     def _make(self) -> tuple[Any, Any]:
+        self._labels: deque[Labels] = deque()
         return backend.make_pipeline_engine(self.config, self.mesh, self._optimizer, self._loss)
 
     def _train(self, batches: Sequence[Batch | None]) -> None:
@@ -264,13 +266,22 @@ class PipelineEngine(Engine):
             self._feed(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
         )
 
-    def _loss(self, hidden: Tensor, labels: Sequence[Tensor]) -> Tensor:
-        return self._note(*self.model.head.loss(hidden, Labels(*labels)))
+    def _loss(self, hidden: Tensor) -> Tensor:
+        return self._note(*self.model.head.loss(hidden, self._labels.popleft().to(self.mesh.device)))
 
-    def _feed(self, batches: Sequence[Batch | None]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None:
+    def _feed(self, batches: Sequence[Batch | None]) -> Iterator[tuple[tuple[Tensor, ...], tuple[()]]] | None:
+        """What DeepSpeed loads, micro-batch by micro-batch; the last stage's labels wait in order of their loading."""
         if not self.needs_batches:
             return None
-        return ((inputs(batch), Labels.of(batch).tensors()) for batch in batches if batch is not None)
+
+        def feed() -> Iterator[tuple[tuple[Tensor, ...], tuple[()]]]:
+            for batch in batches:
+                assert batch is not None
+                if self.mesh.last_stage:
+                    self._labels.append(Labels.of(batch))
+                yield inputs(batch), ()
+
+        return feed()
 
 
 def _hash(batches: Sequence[Batch | None]) -> int:

@@ -1,5 +1,6 @@
 """AdamW: which parameters decay, and the variant that clips by itself where DeepSpeed does not."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, mesh: Mesh, *, cli
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if clips:
         return ClippingAdamW(groups, clip=config.clip, mesh=mesh, **settings)
-    return torch.optim.AdamW(groups, fused=mesh.device.type == "cuda", **settings)
+    if mesh.device.type != "cpu":
+        # One kernel over all parameters where the back end has it.
+        with contextlib.suppress(RuntimeError):
+            return torch.optim.AdamW(groups, fused=True, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
 class ClippingAdamW(torch.optim.AdamW):

@@ -220,7 +220,7 @@ class Trainer:
                     stream,
                     workers=self.config.data.workers,
                     prefetch_batches=self.config.data.prefetch_batches,
-                    pin_memory=self.mesh.device.type == "cuda",
+                    pin_memory=self.mesh.device.type != "cpu",
                 )
             )
         while not self._done(self.step, self.consumed_samples):

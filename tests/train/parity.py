@@ -17,7 +17,6 @@ import torch.multiprocessing as multiprocessing
 from data_prep.batch import Batch, group_of
 from kernels.random import mix_key, normal_slice
 from train.cli import compose_train
-from train.config import Config
 from train.labels import Labels, inputs
 from train.mesh import Mesh
 from train.model import context as context_module
@@ -102,48 +101,64 @@ def plain_curve(overrides: Sequence[str], steps: int) -> Curve:
 
 def curves(world: int, layouts: Sequence[Sequence[str]], steps: int, fault: str | None = None) -> list[Curve]:
     """The curve of each layout (a list of overrides), all run by the same `world` processes one after the other."""
+    return in_ranks(world, _curves, [list(layout) for layout in layouts], steps, fault)
+
+
+def in_ranks(world: int, work: Callable[..., Any], *settings: Any) -> Any:
+    """Run `work(*settings)` in `world` forked ranks with a gloo process group; returns what rank 0's gave.
+
+    An exception on any rank is raised here with that rank's traceback.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     import deepspeed  # noqa: F401  (imported once here, so that forked ranks need not)
 
     queue = multiprocessing.get_context("fork").SimpleQueue()
-    settings = (world, port, [list(layout) for layout in layouts], steps, fault, queue)
-    multiprocessing.start_processes(_rank, settings, nprocs=world, start_method="fork")
+    multiprocessing.start_processes(_rank, (world, port, work, settings, queue), nprocs=world, start_method="fork")
     return queue.get()
 
 
-def _rank(
-    rank: int, world: int, port: int, layouts: list[list[str]], steps: int, fault: str | None, queue: Any
-) -> None:
+def _rank(rank: int, world: int, port: int, work: Callable[..., Any], settings: tuple[Any, ...], queue: Any) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in names.items()})
     torch.set_num_threads(1)
     from train import backend
 
     backend.start()
-    with FAULTS[fault]() if fault else contextlib.nullcontext():
-        result = [_curve(compose_train([*OVERRIDES, *layout]), steps) for layout in layouts]
+    result = work(*settings)
     if rank == 0:
         queue.put(result)
     backend.stop()
 
 
-def _curve(config: Config, steps: int) -> Curve:
+def _curves(layouts: list[list[str]], steps: int, fault: str | None) -> list[Curve]:
+    with FAULTS[fault]() if fault else contextlib.nullcontext():
+        return [_curve(layout, steps) for layout in layouts]
+
+
+def _curve(layout: Sequence[str], steps: int) -> Curve:
+    engine = start_engine(layout)
+    results = [engine.step(my_batches(engine, step * BATCH, BATCH), LR, SHRINK) for step in range(steps)]
+    return [(numbers.loss, numbers.grad_norm) for numbers in engine.read(results)]
+
+
+def start_engine(overrides: Sequence[str]) -> Any:
+    """An engine of the tiny model in this process group, with noisy vectors."""
     from train import backend, rules
     from train.engine import Engine
 
+    config = compose_train([*OVERRIDES, *overrides])
     rules.check(config, world_size=backend.world_size())
-    mesh = backend.make_mesh(config)
     with noisy_vectors():
-        engine = Engine.start(config, mesh)
-    size = config.micro_batch_size
-    results = []
-    for step in range(steps):
-        rounds = range(BATCH // (size * mesh.data))
-        firsts = [step * BATCH + (k * mesh.data + mesh.data_rank) * size for k in rounds]
-        results.append(engine.step([batch_of(first, size) for first in firsts], LR, SHRINK))
-    return [(numbers.loss, numbers.grad_norm) for numbers in engine.read(results)]
+        return Engine.start(config, backend.make_mesh(config))
+
+
+def my_batches(engine: Any, first: int, count: int) -> list[Batch]:
+    """This rank's micro-batches of the global batch [first, first + count)."""
+    size, mesh = engine.config.micro_batch_size, engine.mesh
+    rounds = range(count // (size * mesh.data))
+    return [batch_of(first + (k * mesh.data + mesh.data_rank) * size, size) for k in rounds]
 
 
 @contextlib.contextmanager
