@@ -32,6 +32,7 @@ from train.engine import Engine, StepNumbers, StepResult
 from train.fills import fill_blanks
 from train.fragments import adam_steps
 from train.mesh import Mesh
+from train.model.build import operations
 from train.observers import MetricsObserver, Observer, ProgressObserver
 from train.resume import check_same
 from train.run_folder import RunFolder, command_line
@@ -52,6 +53,7 @@ def main(config: Config) -> int:
     dataset = Dataset.open(config.data.path)
     rules.check_vocabulary(config, dataset.tokenizer.vocab_size)
     backend.check_precision(config.precision.dtype)
+    operations(config, backend.device(), backend.DTYPES[config.precision.dtype])
     logging.basicConfig(level=logging.INFO if backend.global_rank() == 0 else logging.ERROR, format="%(message)s")
     backend.start()
     try:

@@ -112,7 +112,8 @@ def in_ranks(world: int, work: Callable[..., Any], *settings: Any) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    import deepspeed  # noqa: F401  (imported once here, so that forked ranks need not)
+    # Imported once here, so that forked ranks need not: DeepSpeed's optimizers bring half of torch's compiler along.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     queue = multiprocessing.get_context("fork").SimpleQueue()
     multiprocessing.start_processes(_rank, (world, port, work, settings, queue), nprocs=world, start_method="fork")
