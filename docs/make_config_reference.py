@@ -26,7 +26,7 @@ def reference() -> str:
     lines = [
         "# Every config key",
         "",
-        "Written by `make docs` from `train/config.py`, `data_prep/config.py` and `kernels/config.py`. Values come from",
+        "Written by `make docs` from the schemas in `train/`, `data_prep/` and `kernels/`. Values come from",
         "the files in `configs/`; the default below is what holds where none of them sets the key.",
         "`python -m train … --cfg job` prints what a run would use.",
     ]

@@ -86,13 +86,13 @@ def plain_curve(overrides: Sequence[str], steps: int) -> Curve:
     vectors = [p for layout, p in named_layouts(model.parameters()) if len(layout.full_shape) == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
-    model.set_shrink(SHRINK, 1.0)
+    model.set_shrink(SHRINK, SHRINK if config.stability.shrink_head else 1.0)
     curve = []
     for step in range(steps):
         batch = batch_of(step * BATCH, BATCH)
         optimizer.zero_grad()
-        loss, _, _ = model(inputs(batch), Labels.of(batch))
-        loss.backward()
+        loss, z_loss, _ = model(inputs(batch), Labels.of(batch))
+        (loss + z_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         optimizer.step()
         curve.append((float(loss.detach()), float(norm)))

@@ -49,6 +49,39 @@ def test_every_layout_follows_the_plain_loop(world: int, baseline: tuple[list[st
         assert norm <= NORM, (layout, norm)
 
 
+VARIANTS: dict[str, list[str]] = {
+    "multi_query": ["model.num_kv_heads=1"],
+    "grouped": ["model.num_kv_heads=2", "model.bias=qkv"],
+    "groups_that_ranks_straddle": ["model.num_heads=6", "model.num_kv_heads=3", "model.head_dim=8"],
+    "pre_norm": ["model.norm_placement=pre", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=none"],
+    "sandwich": ["model.norm_placement=sandwich", "model.activation=gelu", "model.init=normal"],
+    "post_norm": ["model.norm_placement=post", "model.tied_embeddings=false", "model.rotary_interleaved=true"],
+    "learned_positions": ["model.positions=learned_2d", "data.sampling.positions=2d", "model.activation=gelu_tanh"],
+    "scaled_softmax": ["stability.softmax=scaled", "loss.z_loss=1e-3", "loss.softcap=20"],
+    "shrunk_head": ["stability.shrink_head=true", "optimizer.clip=0.05"],
+}
+
+
+@pytest.mark.distributed
+def test_every_variant_follows_the_plain_loop() -> None:
+    steps = 4
+    found = curves(4, [[TENSOR, PIPELINE, *variant] for variant in VARIANTS.values()], steps)
+    for (name, variant), curve in zip(VARIANTS.items(), found, strict=True):
+        loss, norm = deviation(curve, plain_curve(variant, steps))
+        assert loss <= LOSS, (name, loss)
+        assert norm <= NORM, (name, norm)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_all_three_axes_at_once(baseline: tuple[list[str], Curve]) -> None:
+    overrides, expected = baseline
+    for curve in curves(8, [[TENSOR, PIPELINE, *overrides], [PIPELINE.replace("2", "4"), *overrides]], STEPS):
+        loss, norm = deviation(curve, expected)
+        assert loss <= LOSS
+        assert norm <= NORM
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("fault", "layout"),
