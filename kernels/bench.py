@@ -4,7 +4,8 @@ First each implementation against float64 on small odd shapes, by RMS error rati
 the error of PyTorch in bf16 (twice on tensors under 10⁴ elements): the reference's; for attention the unfused one's, as
 its products take bf16 probabilities, like every flash kernel's. Then times at full size: medians, but
 for the head from CUDA graphs (no launch gaps, every implementation alike), bytes as a share of the copy measured in the
-same run, products in TFLOP/s. One CSV an operation, with device, versions, command. A failed check ends with status 1.
+same run, products in TFLOP/s. One CSV an operation, written shape by shape, with device, versions, command. A failed
+check ends with status 1.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import csv
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,22 @@ def write(path: Path, rows: list[dict[str, Any]], header: list[str]) -> None:
         writer.writerows(rows)
 
 
+def fresh(cases: Iterable[Case]) -> Iterator[Case]:
+    """The cases, each with nothing compiled yet: a peer is compiled for its shape, and never counts as recompiled."""
+    for case in cases:
+        torch._dynamo.reset()
+        yield case
+
+
+def about(words: list[str]) -> list[str]:
+    """The run in two lines: device and versions, command."""
+    import triton
+
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    command = " ".join(["python -m kernels.bench", *words])
+    return [f"{torch.cuda.get_device_name()}, {versions}", f"python {platform.python_version()}, command: {command}"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description=__doc__.splitlines()[0] if __doc__ else ""
@@ -187,6 +204,7 @@ def main() -> int:
     parser.add_argument("operations", nargs="*", default=[], help=f"any of {', '.join(CASES)}; all without")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/kernels"), help="folder of the CSV files")
     parser.add_argument("--check-only", action="store_true", help="correctness alone")
+    parser.add_argument("--no-graphs", action="store_true", help="time plain calls, launch gaps included")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.operations) - set(CASES))
     if unknown:
@@ -194,29 +212,26 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("kernels.bench needs a CUDA device", file=sys.stderr)
         return 2
-    import triton
-
-    header = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"]
-    command = f"python -m kernels.bench {' '.join(arguments.operations)}".strip()
-    header.append(f"python {platform.python_version()}, command: {command}")
-    failed = 0
     operations = arguments.operations or list(CASES)
+    header = about(arguments.operations + ["--no-graphs"] * arguments.no_graphs)
+    copy = 0.0
+    if not arguments.check_only:
+        copy, matmul = copy_ceiling(), matmul_ceiling()
+        header.append(f"ceilings here: copy {copy / 1e9:.0f} GB/s, 8192^3 bf16 product {matmul / 1e12:.0f} TFLOP/s")
+        print(header[-1], flush=True)
+    failed = 0
     for op in operations:
-        checked = [row for case in CASES[op](True) for row in check(case)]
-        write(arguments.output / f"{op}_errors.csv", checked, header)
+        checked = [row for case in fresh(CASES[op](True)) for row in check(case)]
+        write(arguments.output / f"{op}_errors.csv", checked, header[:2])
         wrong = [row for row in checked if not row["passes"]]
         failed += len(wrong)
         print(f"{op}: {len(checked)} tensors checked against float64, {len(wrong)} beyond the bound", flush=True)
         for row in wrong:
             print("   ", row, flush=True)
-    if not arguments.check_only:
-        copy, matmul = copy_ceiling(), matmul_ceiling()
-        header.append(f"ceilings here: copy {copy / 1e9:.0f} GB/s, 8192^3 bf16 product {matmul / 1e12:.0f} TFLOP/s")
-        print(header[-1], flush=True)
-        for op in operations:
-            rows = []
-            for case in CASES[op](False):
-                rows += measure(case, copy)
+        rows: list[dict[str, Any]] = []
+        for case in fresh(CASES[op](False)) if not arguments.check_only else ():
+            case.graphed = case.graphed and not arguments.no_graphs
+            rows += measure(case, copy)
             write(arguments.output / f"{op}.csv", rows, header)
     return 1 if failed else 0
 

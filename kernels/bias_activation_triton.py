@@ -50,8 +50,9 @@ def _forward_kernel(
 ):  # fmt: skip
     GATE: tl.constexpr = KIND < 2
     width = 2 * F if GATE else F
-    column = tl.program_id(0) * C + tl.arange(0, C)
-    row = tl.program_id(1).to(tl.int64) * R + tl.arange(0, R)
+    STRIPS: tl.constexpr = (F + C - 1) // C
+    column = tl.program_id(0) % STRIPS * C + tl.arange(0, C)
+    row = (tl.program_id(0) // STRIPS).to(tl.int64) * R + tl.arange(0, R)
     mask = (row < rows)[:, None] & (column < F)[None, :]
     y = _load(x, bias, row, column, mask, width, HAS_BIAS)
     if GATE:
@@ -113,7 +114,7 @@ def _forward(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     out = torch.empty(*x.shape[:-1], features, dtype=x.dtype, device=x.device)
     r, c, warps = FORWARD_TILE
     if rows:
-        _forward_kernel[(triton.cdiv(features, c), triton.cdiv(rows, r))](
+        _forward_kernel[(triton.cdiv(features, c) * triton.cdiv(rows, r),)](  # a second axis ends at 65535
             x, bias, out, rows, F=features, KIND=kind, HAS_BIAS=bias is not None, R=r, C=c, num_warps=warps
         )
     return out

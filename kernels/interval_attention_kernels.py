@@ -6,7 +6,7 @@ does the same by blocks of keys, from a plan of which blocks of queries see each
 
 Softmax and accumulation are float32, so `alpha` changes nothing here. Forward: QKᵀ and PV. Backward in two passes, by
 blocks of keys (QKᵀ, dOVᵀ, dV, dK) and by blocks of queries (QKᵀ, dOVᵀ, dQ): seven products where one pass with atomic
-additions into dQ has five, but always in the same order, and faster in every trial (docs/kernels.md).
+additions into dQ has five, but always in the same order, and faster with most tiles tried (docs/kernels.md).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -251,10 +251,7 @@ def _dkv_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
     THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one key-value head, all its query heads. dout, dq, dk, dv contiguous; dq float32, unscaled.
-
-    REDUCE: add into dq by the tensor copy engine (the interpreter has none) instead of one atomic an element.
-    """
+    """One block of keys of one key-value head, all its query heads. dout, dk and dv contiguous."""
     block = tl.program_id(0)
     batch = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads

@@ -27,6 +27,7 @@ from kernels.interval_attention_kernels import (
 from kernels.random import Dropout, active
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
+MAX_SEQUENCES = 65535  # batch · heads: the second axis of a grid
 LOG2E = 1.4426950408889634
 
 
@@ -220,6 +221,11 @@ def interval_attention(
         raise ValueError(
             f"interval_attention: head_dim={q.shape[-1]}; the Triton kernel takes {HEAD_DIMS}, "
             "for others set kernels.interval_attention to flex, sdpa or reference"
+        )
+    if q.shape[0] * q.shape[2] > MAX_SEQUENCES:
+        raise ValueError(
+            f"interval_attention: {q.shape[0]} sequences of {q.shape[2]} heads; the Triton kernel takes at most "
+            f"{MAX_SEQUENCES} of both multiplied, lower micro_batch_size"
         )
     dropout = active(dropout)
     samples, key, first_head, probability = None, 0, 0, 0.0

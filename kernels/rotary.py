@@ -63,7 +63,7 @@ def rotary_angles(
     axes = 2 if mode == "2d" else 1
     dims = rotary_dim // axes
     exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=positions.device) / dims
-    inverse = 1.0 / torch.pow(torch.tensor(base, dtype=torch.float32, device=positions.device), exponent)
+    inverse = 1.0 / torch.pow(torch.full_like(exponent, base), exponent)
     place = positions[:, :axes].transpose(1, 2)[..., None]  # [batch, length, axes, 1]
     if fp16_angles:
         angle = (place.half() * inverse.half()).flatten(2)

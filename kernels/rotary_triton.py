@@ -116,7 +116,7 @@ def _inverse(rotary_dim: int, axes: int, base: float, fp16: bool, device: torch.
     """θ of every pair, float32 [rotary_dim / 2], computed as the reference does."""
     dims = rotary_dim // axes
     exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
-    theta = 1.0 / torch.pow(torch.tensor(base, dtype=torch.float32, device=device), exponent)
+    theta = 1.0 / torch.pow(torch.full_like(exponent, base), exponent)
     return (theta.half().float() if fp16 else theta).repeat(axes)
 
 

@@ -21,9 +21,13 @@ HOLD_TRACEBACK_SECONDS = 10.0
 """The same from a traceback on: a rank may take a while to end after it."""
 KEPT_LINES = 400
 """Newest lines of a rank's standard error that are kept to judge a failure."""
+LAST_WORDS_SECONDS = 5.0
+"""How long after the exception that ends a process its last words may come; a rank that writes on later went on."""
 
 _TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ")
 _EXCEPTION = re.compile(r"^(\[rank\d+\]: )?[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
+_CPP_EXCEPTION = "terminate called after throwing"
+_FRAME = '  File "'
 _PEER = re.compile(
     r"connection (was )?(closed|reset|aborted)|broken pipe|socket closed|remote process exited|ncclRemoteError"
     r"|Timed out waiting .*(recv|send)|watchdog caught collective|application timeout caused pair closure",
@@ -38,6 +42,26 @@ class _Line(NamedTuple):
     due: float = 0.0
 
 
+class LastError(NamedTuple):
+    """How a rank's standard error ends: its last exception with what follows it, or the last line without any."""
+
+    text: str = ""
+    time: float = 0.0
+    """When the first line of it was read."""
+    raised: bool = False
+    """Whether it is an exception, and nothing was written long after it."""
+
+    @property
+    def blames_a_peer(self) -> bool:
+        """Whether it only says that another rank went away."""
+        return bool(_PEER.search(self.text))
+
+    @property
+    def closing(self) -> bool:
+        """Whether Python was ending of it already when the last line came: a dump of a crash shows no running code."""
+        return self.raised and _FRAME not in self.text
+
+
 class Console:
     """Readers of all ranks' pipes, the held lines, and the log files under `logs`."""
 
@@ -50,7 +74,7 @@ class Console:
         self._held: dict[int, deque[_Line]] = {}
         self._failing: set[int] = set()
         self._said_by_zero: deque[bytes] = deque(maxlen=KEPT_LINES)
-        self._tails: dict[int, deque[str]] = {}
+        self._tails: dict[int, deque[_Line]] = {}
         self._files: dict[int, BinaryIO] = {}
         self._readers: dict[int, list[threading.Thread]] = {}
 
@@ -106,18 +130,19 @@ class Console:
         with self._lock:
             self._write(self._err, f"launch: {message}\n".encode())
 
-    def last_error(self, rank: int) -> str:
-        """The last exception (or last line) of a rank's standard error, with what follows it; empty without any."""
+    def last_error(self, rank: int) -> LastError:
+        """What a rank said last on standard error; its text is empty without any."""
         with self._lock:
-            lines = [line for line in self._tails.get(rank, ()) if line.strip()]
-        for index in range(len(lines) - 1, -1, -1):
-            if _EXCEPTION.match(lines[index]):
-                return "\n".join(lines[index:])
-        return lines[-1] if lines else ""
-
-    def blames_a_peer(self, rank: int) -> bool:
-        """Whether a rank's last error only says that another rank went away."""
-        return bool(_PEER.search(self.last_error(rank)))
+            lines = [line for line in self._tails.get(rank, ()) if line.text.strip()]
+        texts = [line.text.decode(errors="replace").rstrip("\n") for line in lines]
+        dumped = False
+        for index in range(len(texts) - 1, -1, -1):
+            dumped = dumped or texts[index].startswith(_FRAME)
+            # One of C++ with no Python code running is a thread that ended badly after the exception that matters.
+            if _EXCEPTION.match(texts[index]) or (dumped and texts[index].startswith(_CPP_EXCEPTION)):
+                last_words = lines[-1].time - lines[index].time < LAST_WORDS_SECONDS
+                return LastError("\n".join(texts[index:]), lines[index].time, raised=last_words)
+        return LastError(texts[-1], lines[-1].time) if lines else LastError()
 
     def close(self) -> None:
         """Print what is held and close the logs."""
@@ -141,7 +166,7 @@ class Console:
                         self._print(line)
 
     def _hold(self, line: _Line) -> None:
-        self._tails[line.rank].append(line.text.decode(errors="replace").rstrip("\n"))
+        self._tails[line.rank].append(line)
         if b"Traceback (most recent call last)" in line.text:
             self._failing.add(line.rank)
         if line.rank == 0:

@@ -1,12 +1,14 @@
 """The processes of one machine's ranks: started together, ended together, and which of them failed first.
 
 A rank that ends with 0 is done and one that ends with 75 has saved itself; any other end is a failure. The first
-failure by the clock is not always the cause: a rank whose peer went away may be seen to end before it. So the peers get
-a moment to end too, and the one whose own error does not blame a peer is the culprit.
+end by the clock is not always the cause: a rank whose peer went away may end long before the peer does, whose threads
+may abort what is left of its process after its traceback. So all get a moment to end, and then the evidence decides: an
+error of a rank's own beats one that blames a peer, and of equals the one that was said first is the culprit's.
 """
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -20,8 +22,8 @@ from launch.console import Console
 
 SETTLE_SECONDS = 0.5
 """After a failure, how long other ranks may show that they failed earlier."""
-BLAME_SECONDS = 6.0
-"""The same, when all that failed so far blame a peer."""
+BLAME_SECONDS = 10.0
+"""The same, when all that failed so far blame a peer, or another rank has shown an error and not ended yet."""
 TERMINATE_SECONDS = 3.0
 """How long the ranks that are left may take to end on SIGTERM, before SIGKILL."""
 
@@ -30,7 +32,7 @@ TERMINATE_SECONDS = 3.0
 class _Rank:
     process: subprocess.Popen[bytes]
     status: int | None = None
-    ended: float = 0.0
+    ended: float = math.inf
     ended_before_signal: bool = True
 
     @property
@@ -125,15 +127,20 @@ class Ranks:
     def _fail(self) -> int:
         """Find the culprit, end the others, print its words alone."""
         began = time.monotonic()
-        while time.monotonic() - began < BLAME_SECONDS:
+        drained: set[int] = set()
+        while True:
             self._reap()
-            running = [entry for entry in self._ranks.values() if entry.status is None]
-            if not running or (time.monotonic() - began > SETTLE_SECONDS and not self._all_blame_a_peer()):
-                break
-            time.sleep(0.02)
-        for rank, entry in self._ranks.items():
-            if entry.failed:
+            failed = {rank for rank, entry in self._ranks.items() if entry.failed}
+            # The last words of a rank may be read after its end is seen.
+            for rank in failed - drained:
                 self.console.drain(rank)
+            drained |= failed
+            waited = time.monotonic() - began
+            running = any(entry.status is None for entry in self._ranks.values())
+            undecided = self._failing() or all(self._blames_a_peer(rank) for rank in failed)
+            if not running or waited > (BLAME_SECONDS if undecided else SETTLE_SECONDS):
+                break
+            time.sleep(0.05)
         culprit = self._culprit()
         # Its words before anything that the others say while they are ended.
         status = self._report(culprit)
@@ -141,40 +148,56 @@ class Ranks:
         self.console.only(culprit)
         return status
 
-    def _all_blame_a_peer(self) -> bool:
-        return all(
-            self._died_of_error(rank) and self.console.blames_a_peer(rank)
-            for rank, entry in self._ranks.items()
-            if entry.failed
-        )
+    def _failing(self) -> list[int]:
+        """Ranks that have shown an error of their own and not ended: torch may take long to close, or hang in it."""
+        errors = {rank: self.console.last_error(rank) for rank, entry in self._ranks.items() if entry.status is None}
+        return [rank for rank, error in errors.items() if error.raised and not error.blames_a_peer]
+
+    def _died_of_exception(self, rank: int) -> bool:
+        # An exception ends Python with 1, and one in a thread of torch's (NCCL's watchdog) aborts. A rank with another
+        # exit status chose it, and one that another signal ended had no say: neither can be a peer's doing.
+        return self._ranks[rank].status in (None, EXIT_CRASH, -signal.SIGABRT)
+
+    def _blames_a_peer(self, rank: int) -> bool:
+        return self._died_of_exception(rank) and self.console.last_error(rank).blames_a_peer
+
+    def _failed_at(self, rank: int) -> float:
+        error = self.console.last_error(rank)
+        return error.time if error.raised and self._died_of_exception(rank) else self._ranks[rank].ended
 
     def _culprit(self) -> int:
         failed = [rank for rank, entry in self._ranks.items() if entry.failed and entry.ended_before_signal]
+        # One that has not ended may only have logged its traceback: it is the last to be suspected but for peers.
         first = min(
-            failed,
-            key=lambda rank: (
-                self._died_of_error(rank) and self.console.blames_a_peer(rank),
-                self._ranks[rank].ended,
-            ),
+            failed + self._failing(),
+            key=lambda rank: (self._blames_a_peer(rank), not self._ranks[rank].failed, self._failed_at(rank)),
         )
         # Ranks often fail alike (a wrong setting): then the lowest speaks for all.
-        alike = (self._ranks[first].status, self.console.last_error(first))
-        return min(rank for rank in failed if (self._ranks[rank].status, self.console.last_error(rank)) == alike)
-
-    def _died_of_error(self, rank: int) -> bool:
-        return (self._ranks[rank].status or 0) > 0
+        alike = (self._ranks[first].status, self.console.last_error(first).text)
+        same = [rank for rank in failed if (self._ranks[rank].status, self.console.last_error(rank).text) == alike]
+        return min(same, default=first)
 
     def _report(self, rank: int) -> int:
         status = self._ranks[rank].status
-        assert status is not None
+        if status == -signal.SIGABRT and self.console.last_error(rank).closing:
+            # Python was ending with 1 when a thread of torch's aborted it.
+            status = EXIT_CRASH
         self.console.only(rank)
-        how = f"failed with exit status {status}" if status > 0 else f"was ended by {_signal_name(-status)}"
+        if status is None:
+            how = "failed and did not end"
+        else:
+            how = f"failed with exit status {status}" if status > 0 else f"was ended by {_signal_name(-status)}"
         if status == -signal.SIGKILL:
             how += " (often the kernel's, for want of memory)"
+        if self._blames_a_peer(rank):
+            left = {other: entry for other, entry in self._ranks.items() if entry.status in (EXIT_DONE, EXIT_STOPPED)}
+            if left:
+                earliest = min(left, key=lambda other: left[other].ended)
+                how += f", though rank {earliest} ended with {left[earliest].status}"
         others = len(self._ranks) - 1
         rest = f"; the other {'rank was' if others == 1 else f'{others} ranks were'} ended" if others else ""
         self.console.say(f"rank {rank} {how}{rest}; its log is {self.console.log_file(rank)}")
-        return status if status > 0 else EXIT_CRASH
+        return status if status is not None and status > 0 else EXIT_CRASH
 
     def _reap(self, *, after_signal: bool = False) -> None:
         for entry in self._ranks.values():

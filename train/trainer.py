@@ -53,8 +53,9 @@ def main(config: Config) -> int:
     dataset = Dataset.open(config.data.path)
     rules.check_vocabulary(config, dataset.tokenizer.vocab_size)
     backend.check_precision(config.precision.dtype)
-    operations(config, backend.device(), backend.DTYPES[config.precision.dtype])
     logging.basicConfig(level=logging.INFO if backend.global_rank() == 0 else logging.ERROR, format="%(message)s")
+    # A kernel that cannot run here is a setting like another: found before a run folder is made.
+    operations(config, backend.device(), backend.DTYPES[config.precision.dtype])
     backend.start()
     try:
         Trainer(config, dataset, backend.make_mesh(config)).run()

@@ -209,5 +209,8 @@ else:
         vectors = [t.to(DEVICE) for t in intervals("causal", 1, 4, 4)]
         with pytest.raises(ValueError, match="head_dim=24"):
             attention.interval_attention(q, q, q, *vectors, scale=1.0)
+        many = torch.zeros(1, 1, 1, 16, device=DEVICE).expand(4096, 1, 16, 16)
+        with pytest.raises(ValueError, match="4096 sequences of 16 heads"):
+            attention.interval_attention(many, many, many, *[vectors[0][:1, :1].expand(4096, 1)] * 2, scale=1.0)
         with pytest.raises(ValueError, match="scale="):
             attention.interval_attention(q[..., :16], q[..., :16], q[..., :16], *vectors, scale=-1.0)

@@ -1,9 +1,12 @@
 """A stand-in for `python -m train` under the launcher: what it does is named by FAKE_RANK."""
 
+import faulthandler
+import json
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 behaviour = os.environ["FAKE_RANK"]
@@ -14,6 +17,25 @@ def join() -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
+
+
+def play(steps: list[list[str]], logs: Path) -> None:
+    """Say, wait and end as told; a rank waits for words in another's log, so that no order hangs on the clock."""
+    for verb, value in steps:
+        if verb == "say":
+            print(value, file=sys.stderr)
+        elif verb == "sleep":
+            time.sleep(float(value))
+        elif verb == "await":
+            log = logs / f"rank_{1 - rank}.log"
+            while not (log.exists() and value in log.read_text()):
+                time.sleep(0.02)
+        elif verb == "exit":
+            sys.exit(int(value))
+        elif verb == "abort":
+            if value == "closing":
+                faulthandler.disable()  # as when no Python code runs any more
+            os.abort()
 
 
 def fail_while_others_wait(where: int) -> None:
@@ -28,7 +50,9 @@ def fail_while_others_wait(where: int) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-if behaviour == "hello":
+if behaviour == "play":
+    play(json.loads(os.environ["FAKE_STEPS"])[rank], Path(os.environ["FAKE_LOGS"]))
+elif behaviour == "hello":
     print(f"rank {rank} of {world} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     print(f"warning of rank {rank}", file=sys.stderr)
     print("the same from all", file=sys.stderr)
