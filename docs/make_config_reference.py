@@ -1,6 +1,6 @@
 """Write docs/config.md: every config key with its type, default and meaning, read from the dataclasses themselves.
 
-    make docs
+make docs
 """
 
 import ast
