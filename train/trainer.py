@@ -188,7 +188,13 @@ class Trainer:
         elif self.config.initialize_from is not None:
             source = together(self.mesh, lambda: find(str(self.config.initialize_from)))
             together(self.mesh, lambda: read.load_weights(self.engine, PieceReader(source, ("model",))))
-        on_rank_zero(self.mesh, lambda: self.folder.rewind(self.step) if self.folder is not None else 0)
+        on_rank_zero(self.mesh, self._rewind)
+
+    def _rewind(self) -> None:
+        """Move what lies beyond the checkpoint out of the way: metrics, validation, later checkpoints."""
+        assert self.folder is not None
+        self.folder.rewind(self.step)
+        write.set_aside(self.run_dir, self.step, self.folder.attempt)
 
     def _check_checkpoint(self, found: Path) -> None:
         layout = {**self.mesh.describe(), "zero_stage": self.config.parallel.zero_stage}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_prep.errors import ConfigError, DataError
 from train.checkpoint.pieces import PieceReader
@@ -50,15 +49,14 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
 
     The engine's layout may be any other than the one that wrote it.
     """
-    manifest = read_manifest(folder)
     state = read_state(folder)
     reader = PieceReader(folder)
     load_weights(engine, reader)
-    master = "master" if engine.dtype != torch.float32 and manifest["dtype"] != "fp32" else "weight"
     with torch.no_grad():
         for fragment in engine.fragments():
-            kinds = {master: fragment.master, **fragment.moments}
-            for kind, target in kinds.items():
+            # fp32 runs store no master weights: the weights are their own.
+            master = "master" if reader.has("master", fragment.layout.name) else "weight"
+            for kind, target in {master: fragment.master, **fragment.moments}.items():
                 local = reader.local(kind, fragment.layout).reshape(-1)
                 target.copy_(local.narrow(0, fragment.start, target.numel()))
     set_adam_steps(engine.deepspeed.optimizer, int(state["optimizer_steps"]))
@@ -68,17 +66,18 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 def load_weights(engine: Engine, reader: PieceReader) -> None:
-    """The weights alone, into parameters and master weights."""
+    """The weights alone, into parameters and master weights; a fp32 engine takes stored master weights if there are."""
     fragments = {id(fragment.parameter): fragment for fragment in engine.fragments()}
     with torch.no_grad():
         for layout, parameter in named_layouts(engine.model.parameters()):
-            local = reader.local("weight", layout)
+            exact = engine.dtype == torch.float32 and reader.has("master", layout.name)
+            local = reader.local("master" if exact else "weight", layout)
             fragment = fragments.get(id(parameter))
             if fragment is not None:
-                part = _part(local, fragment.start, fragment.master.numel())
+                part = local.reshape(-1).narrow(0, fragment.start, fragment.master.numel())
                 fragment.master.copy_(part)
                 if engine.zero_stage == 3:
-                    fragment.parameter.ds_tensor.narrow(0, 0, part.numel()).copy_(part)  # type: ignore[attr-defined]
+                    parameter.ds_tensor.narrow(0, 0, part.numel()).copy_(part)  # type: ignore[attr-defined]
             if engine.zero_stage != 3:
                 parameter.copy_(local)
 
@@ -91,10 +90,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error})") from error
     return state
-
-
-def _part(local: Tensor, start: int, numel: int) -> Tensor:
-    return local.reshape(-1).narrow(0, start, numel)
 
 
 def check_layout(folder: Path, now: dict[str, int], *, reshape: bool) -> None:

@@ -42,13 +42,26 @@ def save(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], *, con
 
 
 def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints beyond the newest `keep_last`, and half-written ones; multiples of keep_every stay."""
-    steps = checkpoint_steps(run_dir)
-    for step in steps[:-keep_last]:
+    """Remove checkpoints beyond the newest `keep_last`; multiples of keep_every stay."""
+    for step in checkpoint_steps(run_dir)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             # Without its manifest a folder that is only half removed cannot be taken for whole.
             (step_folder(run_dir, step) / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(step_folder(run_dir, step), ignore_errors=True)
+
+
+def set_aside(run_dir: Path, step: int, attempt: int) -> None:
+    """Move checkpoints beyond `step` to discarded/: a run that goes on from there writes its own, and a later resume
+    must not find a history that was given up. Damaged ones are kept there too."""
+    newer = [later for later in checkpoint_steps(run_dir) if later > step]
+    if not newer:
+        return
+    aside = run_dir / "discarded" / f"checkpoints.attempt-{attempt}"
+    aside.mkdir(parents=True, exist_ok=True)
+    for later in newer:
+        folder = step_folder(run_dir, later)
+        folder.rename(aside / folder.name)
+    write_bytes(run_dir / "checkpoints" / LATEST, (step_folder(run_dir, step).name + "\n").encode())
 
 
 def _make_folders(partial: Path) -> None:
@@ -128,7 +141,7 @@ def _finish(
     for folder in (partial / "model", partial / "optimizer", partial / "tokenizer", partial):
         sync_folder(folder)
     if final.exists():
-        # A run that was rolled back or resumed from an earlier step writes this step again.
+        # Left without its manifest by a removal that was killed.
         shutil.rmtree(final)
     partial.rename(final)
     sync_folder(final.parent)
