@@ -3,6 +3,7 @@
 Its only state is `consumed_samples`, the cursor of the sample index that the trainer keeps.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -89,4 +90,12 @@ def make_loader(
         prefetch_factor=prefetch_batches if workers else None,
         pin_memory=pin_memory,
         persistent_workers=False,
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(_: int) -> None:
+    """Leave SIGTERM and Ctrl-C to the training process: sent to the whole group, they must not end the workers under a
+    run that is about to save. Workers end with their parent."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -17,9 +17,7 @@ from data_prep.errors import EXIT_CONFIG, ConfigError
 from train.cli import ALIASES
 from train.config import Config
 from train.rules import check
-
-COMMAND_VARIABLE = "TIANKONG_COMMAND"
-"""Tells the ranks what the user typed, for the run folder and the resume hint (`train.run_folder` reads it)."""
+from train.run_folder import COMMAND_VARIABLE
 
 
 def main(argv: Sequence[str] | None = None, *, module: str = "train") -> int:

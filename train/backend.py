@@ -29,10 +29,8 @@ from torch import nn
 from data_prep.errors import ConfigError
 from train.config import Config
 from train.mesh import Mesh
-from train.model.build import Model
+from train.model.build import DTYPES, Model
 from train.model.layers import PostNormLayer, PreNormLayer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
 
@@ -203,15 +201,19 @@ def _settings(config: Config, mesh: Mesh, model: Model) -> dict[str, Any]:
     parallel, precision = config.parallel, config.precision
     elements = sum(parameter.numel() for parameter in model.parameters())
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    # DeepSpeed's bf16 optimizer, its pipeline and ZeRO 0 reduce at the end whatever is asked.
+    fused_end = parallel.zero_stage == 0 or mesh.pipeline > 1
+    fused_end |= parallel.zero_stage == 1 and precision.dtype == "bf16"
+    overlaps = parallel.overlap_communication and mesh.device.type != "cpu" and not fused_end
+    if parallel.overlap_communication and not overlaps and mesh.rank == 0:
+        logger.warning("parallel.overlap_communication has no effect with this device, precision and layout")
     if parallel.zero_stage > 0:
         zero |= {
             # A bucket is allocated whole, so a small model must not pay for a large one's.
             "reduce_bucket_size": min(parallel.reduce_bucket_elements, elements),
             "allgather_bucket_size": min(parallel.allgather_bucket_elements, elements),
-            "overlap_comm": parallel.overlap_communication and mesh.device.type != "cpu",
+            "overlap_comm": overlaps,
         }
-    if parallel.overlap_communication and mesh.device.type == "cpu" and mesh.rank == 0:
-        logger.warning("parallel.overlap_communication has no effect on a CPU")
     if parallel.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": min(parallel.allgather_bucket_elements, elements)}
     settings: dict[str, Any] = {
@@ -220,6 +222,8 @@ def _settings(config: Config, mesh: Mesh, model: Model) -> dict[str, Any]:
         # ZeRO 0 clips in our own optimizer: DeepSpeed's counts a pipeline's tied table twice there.
         "gradient_clipping": config.optimizer.clip if parallel.zero_stage > 0 else 0.0,
         "steps_per_print": None,
+        # It would wait for the device round each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -109,7 +109,8 @@ class ParallelConfig:
     allgather_bucket_elements: int = 500_000_000
     """Elements of a parameter all-gather bucket."""
     overlap_communication: bool = False
-    """Reduce gradients while the backward pass goes on (zero_stage 1 to 3, one stage, on accelerators)."""
+    """Reduce gradients while the backward pass goes on: one stage, on accelerators, zero_stage 2 or 3 (1 too, but not
+    in bf16). Elsewhere it has no effect, and a warning says so."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from train.config import Config
 from train.fragments import Fragment, local_fragments
 from train.labels import Labels, inputs
 from train.mesh import Mesh
+from train.model.build import DTYPES
 from train.optimizer import make_optimizer
 
 
@@ -62,7 +63,7 @@ class Engine:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.zero_stage = config.parallel.zero_stage
-        self.dtype = backend.DTYPES[config.precision.dtype]
+        self.dtype = DTYPES[config.precision.dtype]
         self._losses = [torch.zeros((), dtype=torch.float64, device=mesh.device) for _ in range(2)]
         self._sums = torch.zeros(NUM_GROUPS, 2, dtype=torch.float64, device=mesh.device)
         self.deepspeed, self.model = self._make()
@@ -71,7 +72,6 @@ class Engine:
     @staticmethod
     def start(config: Config, mesh: Mesh) -> "Engine":
         """The plain engine for one stage, the pipeline engine for more."""
-        backend.check_precision(config.precision.dtype)
         return (PipelineEngine if mesh.pipeline > 1 else PlainEngine)(config, mesh)
 
     def step(self, batches: Sequence[Batch | None], lr: float, shrink: float) -> StepResult:
@@ -182,7 +182,9 @@ class Engine:
         return {key: getattr(scaler, key) for key in keys if hasattr(scaler, key)}
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Put back what `scaler_state` returned."""
+        """Put back what `scaler_state` returned; a run that has no scale, or begins with one, keeps its own."""
+        if self.dtype != torch.float16:
+            return
         for key, value in state.items():
             setattr(self.deepspeed.optimizer.loss_scaler, key, value)
 

@@ -133,10 +133,11 @@ def _batch(config: Config) -> None:
     schedule = config.schedule
     if schedule.rampup_start is not None:
         grow = config.global_batch_size - schedule.rampup_start
-        if grow < 0 or schedule.rampup_increment < 1 or grow % schedule.rampup_increment:
+        if grow < 0 or min(schedule.rampup_increment, schedule.rampup_samples) < 1 or grow % schedule.rampup_increment:
             raise ConfigError(
                 f"schedule.rampup_increment={schedule.rampup_increment} must lead from schedule.rampup_start="
-                f"{schedule.rampup_start} to global_batch_size={config.global_batch_size} in whole steps"
+                f"{schedule.rampup_start} to global_batch_size={config.global_batch_size} in whole steps, over "
+                f"schedule.rampup_samples={schedule.rampup_samples} > 0"
             )
 
 
@@ -148,6 +149,7 @@ def _numbers(config: Config) -> None:
         "schedule.decay_samples": schedule.decay_samples,
         "logging.every_steps": config.logging.every_steps,
         "saving.keep_last": config.saving.keep_last,
+        "evaluation.samples": config.evaluation.samples,
     }
     for key, value in positive.items():
         if not value > 0:
@@ -160,8 +162,9 @@ def _numbers(config: Config) -> None:
             f"schedule.warmup_samples={schedule.warmup_samples} is more than "
             f"schedule.decay_samples={schedule.decay_samples}"
         )
-    if config.max_steps is not None and config.max_steps < 1:
-        raise ConfigError(f"max_steps={config.max_steps} must be at least 1")
+    for key in ("max_steps", "max_samples"):
+        if (limit := getattr(config, key)) is not None and limit < 1:
+            raise ConfigError(f"{key}={limit} must be at least 1")
     for pair in stability.embedding_gradient_shrink_schedule:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, int | float) for part in pair)):
             raise ConfigError(

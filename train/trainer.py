@@ -18,6 +18,7 @@ from data_prep.batch import Batch
 from data_prep.cli import as_yaml
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError, RunFailed, Stopped
+from data_prep.files import checksum
 from data_prep.loader import SampleStream, make_loader
 from data_prep.order import DataPlan
 from data_prep.samples import Sampler
@@ -25,14 +26,14 @@ from train import backend, rules
 from train.arithmetic import flops_per_token, model_flops_utilization
 from train.checkpoint import read, write
 from train.checkpoint.pieces import PieceReader
-from train.checkpoint.select import find, tokenizer_sha256
+from train.checkpoint.select import damage, find, tokenizer_sha256
 from train.collective import any_rank, on_rank_zero, together
 from train.config import Config
 from train.engine import Engine, StepNumbers, StepResult
 from train.fills import fill_blanks
 from train.fragments import adam_steps
 from train.mesh import Mesh
-from train.model.build import operations
+from train.model.build import DTYPES, operations
 from train.observers import MetricsObserver, Observer, ProgressObserver
 from train.resume import check_same
 from train.run_folder import RunFolder, command_line
@@ -55,7 +56,7 @@ def main(config: Config) -> int:
     backend.check_precision(config.precision.dtype)
     logging.basicConfig(level=logging.INFO if backend.global_rank() == 0 else logging.ERROR, format="%(message)s")
     # A kernel that cannot run here is a setting like another: found before a run folder is made.
-    operations(config, backend.device(), backend.DTYPES[config.precision.dtype])
+    operations(config, backend.device(), DTYPES[config.precision.dtype])
     backend.start()
     try:
         Trainer(config, dataset, backend.make_mesh(config)).run()
@@ -71,6 +72,7 @@ class Trainer:
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.run_dir = Path(config.run_dir)
         self.yaml = as_yaml(config)
+        self._dataset_digest = checksum(dataset.folder / "manifest.json")
         self.step = 0
         self.consumed_samples = 0
         self.trained_samples = 0
@@ -91,12 +93,14 @@ class Trainer:
             self._start()
             with _Signals(self):
                 self._loop()
-            self._read_pending()
-            if self.step != self._saved_step:
-                self._save()
-            if self.stop_signal is not None:
+                self._read_pending()
+                if self.step != self._saved_step:
+                    self._save()
+            # Decided by the step, which all ranks share: a signal after the last one stops nothing.
+            if not self._done(self.step, self.consumed_samples):
                 status = "stopped"
-                raise Stopped(f"stopped by {self.stop_signal} after step {self.step}; resume with: {command_line()}")
+                reason = self.stop_signal or "a signal to another rank"
+                raise Stopped(f"stopped by {reason} after step {self.step}; resume with: {command_line()}")
             status = "done"
         finally:
             for observer in self.observers:
@@ -107,16 +111,22 @@ class Trainer:
                 self.folder.close()
 
     def _loop(self) -> None:
+        first_step = self.step
         clock = time.perf_counter()
         for global_batch in self._micro_batches():
             consumed = self.plan.advance(self.consumed_samples, len(global_batch) * self._samples_a_round)
             lr = learning_rate(self.config.schedule, self.config.optimizer.lr, consumed)
-            result = self.engine.step(global_batch, lr, embedding_shrink(self.config, self.consumed_samples))
+            try:
+                result = self.engine.step(global_batch, lr, embedding_shrink(self.config, self.consumed_samples))
+            except RunFailed as error:
+                self._read_pending()
+                self._event(self.step + 1, "loss_scale_floor", str(error))
+                raise
             self.step += 1
             self.consumed_samples = consumed
             self.trained_samples += len(global_batch) * self._samples_a_round
-            now = time.perf_counter()
-            self._pending.append((self._record(len(global_batch), lr, now - clock), result))
+            samples = len(global_batch) * self._samples_a_round
+            self._pending.append((self._record(lr, samples, time.perf_counter() - clock), result))
             if self._due(self.config.logging.every_steps):
                 self._read_pending()
             if self._due(self.config.evaluation.every_steps):
@@ -126,9 +136,8 @@ class Trainer:
             # The next step's time starts here: validation and saving are not part of it.
             clock = time.perf_counter()
             if any_rank(self.mesh, self.stop_signal is not None):
-                self.stop_signal = self.stop_signal or "a signal to another rank"
                 return
-        if self._validated_step != self.step and self.config.evaluation.every_steps:
+        if self.step > first_step and self._validated_step != self.step:
             self._validate()
 
     def _start(self) -> None:
@@ -149,8 +158,12 @@ class Trainer:
             self.validation = Validation(self.held_out, config.evaluation.samples, self.engine)
         self._flops = flops_per_token(config.model, config.sequence_length)
         self._device_name = config.cluster.hardware or backend.device_name()
-        if self.folder is None:
-            return
+        on_rank_zero(self.mesh, self._start_observers)
+
+    def _start_observers(self) -> None:
+        """What rank 0 writes and shows."""
+        assert self.folder is not None
+        config = self.config
         if self._mfu(1.0) is None:
             logger.warning("MFU is not shown: the peak of %s is not known", self._device_name)
         facts = {"world_size": self.mesh.world, **self.mesh.describe(), "zero_stage": config.parallel.zero_stage}
@@ -169,9 +182,11 @@ class Trainer:
 
     def _find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, known to fit this run's config and data; None for a new run."""
-        found = together(self.mesh, lambda: read.choose(self.mesh, self.run_dir, self.config.resume.step))
+        found = read.choose(self.mesh, self.run_dir, self.config.resume.step)
         if found is not None:
             together(self.mesh, lambda: self._check_checkpoint(found))
+        elif self.config.initialize_from is not None:
+            together(self.mesh, self._check_source)
         return found
 
     def _resume(self, found: Path | None) -> None:
@@ -186,8 +201,8 @@ class Trainer:
             if self.mesh.rank == 0:
                 logger.info("resuming from %s", found)
         elif self.config.initialize_from is not None:
-            source = together(self.mesh, lambda: find(str(self.config.initialize_from)))
-            together(self.mesh, lambda: read.load_weights(self.engine, PieceReader(source, ("model",))))
+            reader = PieceReader(find(self.config.initialize_from), ("model",))
+            together(self.mesh, lambda: read.load_weights(self.engine, reader))
         on_rank_zero(self.mesh, self._rewind)
 
     def _rewind(self) -> None:
@@ -200,11 +215,27 @@ class Trainer:
         layout = {**self.mesh.describe(), "zero_stage": self.config.parallel.zero_stage}
         read.check_layout(found, layout, reshape=self.config.resume.reshape)
         check_same(self.yaml, found / "config.yaml", self.config.resume.allow)
-        stored = tokenizer_sha256(found)
-        if stored != self.dataset.tokenizer.sha256:
+        self._check_tokenizer(found)
+        before = read.read_state(found)["dataset"]
+        if before != self._dataset_digest and "data.path" not in self.config.resume.allow:
+            raise ConfigError(
+                f"data.path={self.config.data.path} holds other data than {found} was trained on; use that dataset, or "
+                "go on with this one by resume.allow=[data.path]"
+            )
+
+    def _check_source(self) -> None:
+        """Weights to start from must be whole, and speak this dataset's tokens."""
+        source = find(str(self.config.initialize_from))
+        problem = damage(source, share=(self.mesh.rank, self.mesh.world), parts=("model/", "tokenizer/"))
+        if problem is not None:
+            raise DataError(f"initialize_from: {problem}")
+        self._check_tokenizer(source)
+
+    def _check_tokenizer(self, found: Path) -> None:
+        if tokenizer_sha256(found) != self.dataset.tokenizer.sha256:
             raise DataError(
                 f"{self.dataset.folder / 'tokenizer'} is not the tokenizer of {found}; "
-                "use the dataset that the run was started with"
+                "use the dataset that it was trained on"
             )
 
     @property
@@ -258,19 +289,23 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
-    def _record(self, rounds: int, lr: float, seconds: float) -> dict[str, Any]:
-        samples = rounds * self._samples_a_round
+    def _record(self, lr: float, samples: int, seconds: float) -> dict[str, Any]:
+        """What the host knows of a step; `tokens_per_second` holds its tokens until the time is known."""
         length = self.config.sequence_length
-        rate = samples * length / seconds
         return {
             "step": self.step,
             "lr": lr,
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.trained_samples * length,
-            "tokens_per_second": rate,
+            "tokens_per_second": samples * length,
             "step_seconds": seconds,
-            "mfu": self._mfu(rate),
         }
+
+    def _timed(self, record: dict[str, Any], waited: float) -> dict[str, Any]:
+        """A record with its rates; waited: this step's share of the time in which the host waited for the device."""
+        seconds = record["step_seconds"] + waited
+        rate = record["tokens_per_second"] / seconds
+        return {**record, "tokens_per_second": rate, "step_seconds": seconds, "mfu": self._mfu(rate)}
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         return model_flops_utilization(
@@ -280,11 +315,13 @@ class Trainer:
     def _read_pending(self) -> None:
         """Fetch the numbers of the steps since the last time, and hand them on. Raises RunFailed at a NaN."""
         pending, self._pending = self._pending, []
+        clock = time.perf_counter()
         numbers = self.engine.read([result for _, result in pending])
+        waited = (time.perf_counter() - clock) / max(1, len(pending))
         records = []
         for (record, _), number in zip(pending, numbers, strict=True):
             self.target_tokens += targets(number.sums)
-            records.append({**record, **self._measured(number)})
+            records.append({**self._timed(record, waited), **self._measured(number)})
         if records:
             records[-1] |= backend.memory()
         for observer in self.observers:
@@ -306,18 +343,23 @@ class Trainer:
     def _check_finite(self, step: int, number: StepNumbers, result: StepResult) -> None:
         """All ranks see the same numbers, so all of them raise."""
         infinite = [name for name in ("loss", "grad_norm") if not abs(getattr(number, name)) < float("inf")]
-        if not infinite or (number.skipped and self.config.precision.dtype == "fp16"):
-            # With a loss scale an overflow is how the scale finds its place; elsewhere it is the end.
+        dynamic = self.config.precision.dtype == "fp16" and self.config.precision.loss_scale == 0
+        if not infinite or (number.skipped and dynamic):
+            # With a dynamic loss scale an overflow is how the scale finds its place; elsewhere it is the end.
             return
         where = self.engine.first_bad_layer(result) or "the backward pass"
-        record = {"id": f"non-finite-{step}", "step": step, "from_sample": None, "kind": "non_finite"}
-        record |= {"seen": f"{' and '.join(infinite)} not finite, first in {where}", "action": "stopped"}
-        for observer in self.observers:
-            observer.on_event(record)
+        seen = f"{' and '.join(infinite)} not finite, first in {where}"
+        self._event(step, "non_finite", seen)
         raise RunFailed(
-            f"step {step}: {record['seen']}. The checkpoints before it are whole: resume from one with resume.step, "
+            f"step {step}: {seen}. The checkpoints before it are whole: resume from one with resume.step, "
             "and lower optimizer.lr or change precision"
         )
+
+    def _event(self, step: int, kind: str, seen: str) -> None:
+        """Note why the run stops here."""
+        record = {"id": f"{kind}-{step}", "step": step, "from_sample": self.consumed_samples, "kind": kind}
+        for observer in self.observers:
+            observer.on_event({**record, "seen": seen, "action": "stopped"})
 
     def _validate(self) -> None:
         if not self.config.evaluation.every_steps:
@@ -336,6 +378,7 @@ class Trainer:
             "trained_samples": self.trained_samples,
             "target_tokens": self.target_tokens,
             "data_plan": self.plan.to_list(),
+            "dataset": self._dataset_digest,
             "schedule": asdict(self.config.schedule),
             "optimizer_steps": adam_steps(self.engine.deepspeed.optimizer),
             "loss_scaler": self.engine.scaler_state(),
@@ -357,7 +400,8 @@ class Trainer:
         """Blanks filled from the last checkpoint, and the report; on rank 0."""
         if self.folder is None:
             return
-        if self.config.evaluation.every_steps and self.config.evaluation.blanks:
+        masked = self.config.data.sampling.objective == "blank_infilling"
+        if self.config.evaluation.every_steps and self.config.evaluation.blanks and masked:
             fills = fill_blanks(self.run_dir, self.held_out, self.config.evaluation.blanks, self.mesh.device)
             self.folder.write_json("fills.json", fills)
         if self.config.logging.report:

@@ -112,8 +112,10 @@ def test_prune_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
         (step_folder(tmp_path, step) / "manifest.json").write_text("{}")
     prune(tmp_path, keep_last=2, keep_every=10)
     assert checkpoint_steps(tmp_path) == [10, 20, 25]
+    step_folder(tmp_path, 30).with_suffix(".partial").mkdir()
+    step_folder(tmp_path, 3).mkdir()
     prune(tmp_path, keep_last=1, keep_every=0)
-    assert checkpoint_steps(tmp_path) == [25]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000025"]
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Each run is a real command in a process of its own, as a user starts it.
 """
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, Command
+from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import checkpoint_steps, step_folder
 
 pytestmark = pytest.mark.e2e
@@ -53,12 +56,14 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def started(words: list[str], run_dir: Path, module: str = "train") -> "subprocess.Popen[str]":
+    """The command in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *words, f"run_dir={run_dir}"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -93,9 +98,10 @@ def test_a_killed_run_repeats_itself_bit_for_bit(
 def test_sigterm_saves_and_the_same_command_goes_on(
     whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
-    process = started([*overrides, "checkpoint.every_steps=0"], tmp_path / "run")
+    process = started([*overrides, "checkpoint.every_steps=0", "data.workers=2"], tmp_path / "run")
     wait_for(lambda: steps_written(tmp_path / "run") >= 4, process)
-    process.send_signal(signal.SIGTERM)
+    # As a service manager or `timeout` does it: to the loader's workers too.
+    os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate()[0]
     assert process.returncode == 75, output
     stopped_at = steps_written(tmp_path / "run")
@@ -238,6 +244,36 @@ def test_a_diverging_run_says_where(
     assert checkpoint_steps(tmp_path / "run") == []
 
 
+def test_another_dataset_is_refused_by_name(
+    overrides: list[str], whole_run: Path, tiny_dataset: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    words = [*overrides, f"run_dir={tmp_path / 'run'}", "max_steps=25", f"data.path={tmp_path / 'data'}"]
+    done = command("train", *words, check=False)
+    assert done.returncode == 2
+    assert "holds other data" in done.stderr
+    command("train", *words, "resume.allow=[data.path]")
+    assert steps_written(tmp_path / "run") == 25
+
+
+def test_a_bf16_run_goes_on_in_fp32_from_its_master_weights(
+    overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    run_dir = tmp_path / "run"
+    command("train", *overrides, f"run_dir={run_dir}", "precision=bf16", "max_steps=5")
+    words = [*overrides, f"run_dir={run_dir}", "max_steps=6", "optimizer.lr=1e-9", "schedule.min_lr=0"]
+    command("train", *words, "resume.allow=[precision.dtype,optimizer.lr,schedule.min_lr]", "checkpoint.every_steps=1")
+    before, after = (PieceReader(step_folder(run_dir, step)) for step in (5, 6))
+    for name in before.names("master"):
+        master, weight = before.full("master", name), before.full("weight", name)
+        assert torch.equal(master.to(torch.bfloat16), weight)
+        # One step at this learning rate moves a value by far less than bf16 rounds it by.
+        assert (after.full("weight", name) - master).abs().max() < 1e-7
+
+
 def test_initialize_from_takes_the_weights_alone(
     whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
@@ -246,3 +282,13 @@ def test_initialize_from_takes_the_weights_alone(
     fresh, before = lines(run_dir), lines(whole_run)
     assert fresh[0]["consumed_samples"] == before[0]["consumed_samples"]
     assert fresh[0]["loss"] < before[0]["loss"]
+    source = tmp_path / "source"
+    shutil.copytree(step_folder(whole_run, STEPS), source)
+    file = next((source / "model").iterdir())
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    words = [*overrides, f"run_dir={tmp_path / 'other'}", f"initialize_from={source}"]
+    done = command("train", *words, check=False)
+    assert done.returncode == 3
+    assert f"{file} is damaged" in done.stderr

@@ -15,7 +15,7 @@ from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import damage, find
 from train.config import Config
 from train.mesh import Mesh
-from train.model.build import Model, named_layouts
+from train.model.build import DTYPES, Model, named_layouts
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     config.parallel.tensor_parallel = config.parallel.pipeline_parallel = 1
     config.parallel.activation_checkpointing = "none"
     reader = PieceReader(folder, ("model",))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.dtype]
+    dtype = DTYPES[config.precision.dtype]
     if device.type == "cpu":
         # What it was trained with may need an accelerator; here the references do the same sums.
         dtype, config.kernels = torch.float32, KernelsConfig()

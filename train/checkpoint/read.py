@@ -10,7 +10,7 @@ import torch
 from data_prep.errors import ConfigError, DataError
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import checkpoint_steps, damage, find, read_manifest, step_folder
-from train.collective import gather
+from train.collective import gather, on_rank_zero
 from train.engine import Engine
 from train.fragments import set_adam_steps
 from train.mesh import Mesh
@@ -22,13 +22,12 @@ logger = logging.getLogger(__name__)
 def choose(mesh: Mesh, run_dir: Path, step: int | None = None) -> Path | None:
     """The checkpoint to resume from, verified by all ranks together; None where the run has none yet.
 
-    A damaged one is named in the log and the one before it is used; nothing is removed. Raises DataError where `step`
-    is damaged or missing, or none is whole.
+    A damaged one is named in the log and the one before it is used; nothing is removed. With `step` only that one will
+    do. Raises DataError, on every rank, where none is whole.
     """
-    steps = checkpoint_steps(run_dir)
-    if step is not None:
-        find(run_dir, step)
-        steps = [step]
+    # One rank's listing counts for all: a file system may show them different ones for a moment.
+    steps = on_rank_zero(mesh, lambda: _candidates(run_dir, step)) or []
+    steps = next(found for found in gather(mesh, steps if mesh.rank == 0 else None) if found is not None)
     said = ""
     for candidate in reversed(steps):
         folder = step_folder(run_dir, candidate)
@@ -39,9 +38,18 @@ def choose(mesh: Mesh, run_dir: Path, step: int | None = None) -> Path | None:
                 logger.warning("%s; resuming from %s instead", said, folder)
             return folder
         said = said or problem
+    if said and step is not None:
+        raise DataError(f"{said}; choose another resume.step, or leave it out for the newest whole checkpoint")
     if said:
         raise DataError(f"{said}; no earlier checkpoint is whole. Restore the file, or start a new run_dir")
     return None
+
+
+def _candidates(run_dir: Path, step: int | None) -> list[int]:
+    if step is None:
+        return checkpoint_steps(run_dir)
+    find(run_dir, step)
+    return [step]
 
 
 def load(engine: Engine, folder: Path) -> dict[str, Any]:
@@ -60,8 +68,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
                 local = reader.local(kind, fragment.layout).reshape(-1)
                 target.copy_(local.narrow(0, fragment.start, target.numel()))
     set_adam_steps(engine.deepspeed.optimizer, int(state["optimizer_steps"]))
-    if state.get("loss_scaler"):
-        engine.load_scaler_state(state["loss_scaler"])
+    engine.load_scaler_state(state["loss_scaler"])
     return state
 
 

@@ -42,12 +42,15 @@ def save(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], *, con
 
 
 def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints beyond the newest `keep_last`; multiples of keep_every stay."""
+    """Remove checkpoints beyond the newest `keep_last`, and what killed saves left; multiples of keep_every stay."""
     for step in checkpoint_steps(run_dir)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             # Without its manifest a folder that is only half removed cannot be taken for whole.
             (step_folder(run_dir, step) / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(step_folder(run_dir, step), ignore_errors=True)
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        if not (folder / "manifest.json").is_file() or folder.suffix == ".partial":
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside(run_dir: Path, step: int, attempt: int) -> None:

@@ -16,6 +16,9 @@ from train.model.ends import Embedding, Head
 from train.model.layers import PostNormLayer, PreNormLayer
 from train.model.parameters import Layout, layout_of
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""`precision.dtype` as torch has it."""
+
 
 def stage_bounds(num_layers: int, stages: int) -> list[int]:
     """Where each stage starts in the list [embedding, layers…, head], and the list's end.
