@@ -39,7 +39,10 @@ def test_shards_of_any_layout_read_as_any_other(tmp_path: Path, rows: int, halve
     for size in (1, 2, 3, 4):
         for rank in range(size):
             layout = split(name, tuple(full.shape), dim, rank, size, halves=halves)
-            assert torch.equal(reader.local("weight", layout), layout.cut(full))
+            cut = layout.cut(full)
+            assert torch.equal(reader.local("weight", layout), cut)
+            for start, numel in ((0, 1), (3, cut.numel() - 5), (cut.numel() - 2, 2)):
+                assert torch.equal(reader.part("weight", layout, start, numel), cut.reshape(-1)[start : start + numel])
     (tmp_path / "model" / "rank_11.safetensors").unlink()
     with pytest.raises(DataError, match="incomplete"):
         PieceReader(tmp_path, ("model",)).full("weight", name)

@@ -94,6 +94,32 @@ class PieceReader:
 
         Raises DataError where the parameter is missing, has another shape, or is not covered by the files.
         """
+        return self.part(kind, layout, 0, _numel(layout)).view(layout.local_shape)
+
+    def part(self, kind: str, layout: Layout, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened cut; only these are read where the layout was written so."""
+        pieces = self._found(kind, layout)
+        mine = [piece for piece in pieces if piece.layout == layout]
+        if mine:
+            return self._range(mine, start, numel)
+        shards: dict[Layout, list[Piece]] = {}
+        for piece in pieces:
+            shards.setdefault(piece.layout, []).append(piece)
+        if sum(_numel(other) for other in shards) < math.prod(layout.full_shape):
+            raise DataError(f"{self.folder}: {kind} of {layout.name} is incomplete; a rank's file is missing")
+        full: Tensor | None = None
+        for other, ranges in shards.items():
+            shard = self._range(ranges, 0, _numel(other)).view(other.local_shape)
+            full = torch.empty(layout.full_shape, dtype=shard.dtype) if full is None else full
+            other.paste(full, shard)
+        assert full is not None
+        return layout.cut(full).reshape(-1).narrow(0, start, numel)
+
+    def full(self, kind: str, name: str) -> Tensor:
+        """The whole, unsharded parameter."""
+        return self.local(kind, Layout(name, self.shape(kind, name)))
+
+    def _found(self, kind: str, layout: Layout) -> list[Piece]:
         pieces = self._pieces.get((kind, layout.name))
         if pieces is None:
             raise DataError(f"{self.folder}: holds no {kind} of {layout.name}; it was written by another model")
@@ -102,43 +128,20 @@ class PieceReader:
                 f"{self.folder}: {layout.name} has shape {list(pieces[0].layout.full_shape)}, "
                 f"but the model wants {list(layout.full_shape)}; use the model config it was written with"
             )
-        mine = [piece for piece in pieces if piece.layout == layout]
-        if mine:
-            return self._shard(mine).view(layout.local_shape)
-        shards: dict[Layout, list[Piece]] = {}
-        for piece in pieces:
-            shards.setdefault(piece.layout, []).append(piece)
-        full: Tensor | None = None
-        for other, ranges in shards.items():
-            shard = self._shard(ranges).view(other.local_shape)
-            if full is None:
-                full = torch.full(layout.full_shape, float("nan"), dtype=shard.dtype)
-            other.paste(full, shard)
-        assert full is not None
-        if sum(_numel(other) for other in shards) < math.prod(layout.full_shape):
-            raise DataError(f"{self.folder}: {kind} of {layout.name} is incomplete; a rank's file is missing")
-        return layout.cut(full)
+        return pieces
 
-    def full(self, kind: str, name: str) -> Tensor:
-        """The whole, unsharded parameter."""
-        return self.local(kind, Layout(name, self.shape(kind, name)))
-
-    def _shard(self, pieces: list[Piece]) -> Tensor:
-        """One flattened shard put together from its ranges."""
-        layout = pieces[0].layout
-        wanted = _numel(layout)
-        pieces = sorted(pieces, key=lambda piece: piece.start)
-        tensors, end = [], 0
-        for piece in pieces:
-            if piece.start != end:
-                break
-            with safe_open(self.folder / piece.file, framework="pt") as file:
-                tensors.append(file.get_tensor(piece.key))
-            end += piece.numel
-        if end != wanted:
-            raise DataError(
-                f"{self.folder}: {pieces[0].kind} of {layout.name} is incomplete; the file of a rank is missing"
-            )
+    def _range(self, pieces: list[Piece], start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of one flattened shard, from the ranges that hold them."""
+        tensors, end = [], start + numel
+        for piece in sorted(pieces, key=lambda piece: piece.start):
+            upto = min(end, piece.start + piece.numel)
+            if piece.start <= start < upto:
+                with safe_open(self.folder / piece.file, framework="pt") as file:
+                    tensors.append(file.get_slice(piece.key)[start - piece.start : upto - piece.start])
+                start = upto
+        if start != end:
+            kind, name = pieces[0].kind, pieces[0].layout.name
+            raise DataError(f"{self.folder}: {kind} of {name} is incomplete; the file of a rank is missing")
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 

@@ -65,8 +65,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
             # fp32 runs store no master weights: the weights are their own.
             master = "master" if reader.has("master", fragment.layout.name) else "weight"
             for kind, target in {master: fragment.master, **fragment.moments}.items():
-                local = reader.local(kind, fragment.layout).reshape(-1)
-                target.copy_(local.narrow(0, fragment.start, target.numel()))
+                target.copy_(reader.part(kind, fragment.layout, fragment.start, target.numel()))
     set_adam_steps(engine.deepspeed.optimizer, int(state["optimizer_steps"]))
     engine.load_scaler_state(state["loss_scaler"])
     return state
