@@ -99,10 +99,11 @@ def _parallel(config: Config) -> None:
             raise ConfigError(
                 f"{key}={size} does not divide by parallel.tensor_parallel={tensor}; use one of {divisors(size, 64)}"
             )
-    if parallel.pipeline_parallel > model.num_layers + 2:
+    if parallel.pipeline_parallel > 1 and 2 * parallel.pipeline_parallel > model.num_layers + 2:
+        # A stage of the head alone has matrices but no vectors: ZeRO's norms, one a parameter group, would wait forever.
         raise ConfigError(
-            f"parallel.pipeline_parallel={parallel.pipeline_parallel} is more than model.num_layers={model.num_layers} "
-            "plus embedding and head can fill"
+            f"parallel.pipeline_parallel={parallel.pipeline_parallel} leaves a stage without a layer of "
+            f"model.num_layers={model.num_layers}; use at most {(model.num_layers + 2) // 2}"
         )
     if parallel.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"parallel.zero_stage={parallel.zero_stage}; use 0, 1, 2 or 3")
