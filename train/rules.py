@@ -100,7 +100,7 @@ def _parallel(config: Config) -> None:
                 f"{key}={size} does not divide by parallel.tensor_parallel={tensor}; use one of {divisors(size, 64)}"
             )
     if parallel.pipeline_parallel > 1 and 2 * parallel.pipeline_parallel > model.num_layers + 2:
-        # A stage of the head alone has matrices but no vectors: ZeRO's norms, one a parameter group, would wait forever.
+        # A head alone has matrices but no vectors: ZeRO's norms, one a parameter group, would wait for ever.
         raise ConfigError(
             f"parallel.pipeline_parallel={parallel.pipeline_parallel} leaves a stage without a layer of "
             f"model.num_layers={model.num_layers}; use at most {(model.num_layers + 2) // 2}"
