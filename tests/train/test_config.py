@@ -280,7 +280,7 @@ def test_the_real_command_refuses_a_layout_before_anything_starts(command, tmp_p
     done = command("train", "data.path=D", f"run_dir={tmp_path / 'run'}", "parallel.pipeline_parallel=9", check=False)
     assert done.returncode == EXIT_CONFIG
     assert done.stderr.count("\n") == 1
-    assert "parallel.pipeline_parallel=9 is more than model.num_layers=4" in done.stderr
+    assert "parallel.pipeline_parallel=9 leaves a stage without a layer of model.num_layers=4" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

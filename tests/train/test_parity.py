@@ -49,6 +49,16 @@ def test_every_layout_follows_the_plain_loop(world: int, baseline: tuple[list[st
         assert norm <= NORM, (layout, norm)
 
 
+@pytest.mark.distributed
+def test_four_stages_follow_the_plain_loop(baseline: tuple[list[str], Curve]) -> None:
+    overrides = [*baseline[0], "model.num_layers=6"]
+    loss, norm = deviation(
+        curves(4, [["parallel.pipeline_parallel=4", *overrides]], STEPS)[0], plain_curve(overrides, STEPS)
+    )
+    assert loss <= LOSS
+    assert norm <= NORM
+
+
 VARIANTS: dict[str, list[str]] = {
     "multi_query": ["model.num_kv_heads=1"],
     "grouped": ["model.num_kv_heads=2", "model.bias=qkv"],
