@@ -83,6 +83,11 @@ class Dataset:
             _check(folder / "unigram.npy", manifest.unigram_checksum)
         return Dataset(folder, manifest, tokenizer, shards)
 
+    @cached_property
+    def digest(self) -> str:
+        """Checksum of the manifest: two datasets with the same one hold the same tokens."""
+        return checksum(self.folder / "manifest.json")
+
     def streams(self, split: str, sequence_length: int) -> list[Stream]:
         """Streams of a split in the manifest's order, also those too small for a row."""
         return [

@@ -1,11 +1,17 @@
-"""Which keys may differ between a checkpoint's config and the one that resumes it."""
+"""Where a run starts from, and which keys may differ between a checkpoint's config and the one that resumes it."""
 
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from data_prep.errors import ConfigError
+from data_prep.dataset import Dataset
+from data_prep.errors import ConfigError, DataError
+from train.checkpoint import read
+from train.checkpoint.select import damage, find, tokenizer_sha256
+from train.collective import together
+from train.config import Config
+from train.mesh import Mesh
 
 FREE = (
     "parallel.",  # tensor_parallel, pipeline_parallel and zero_stage under resume.reshape
@@ -28,6 +34,47 @@ FREE = (
     "initialize_from",
 )
 """Keys, or prefixes of keys, that change how a run is carried out but not what it computes."""
+
+
+def starting_point(config: Config, mesh: Mesh, dataset: Dataset, yaml: str) -> Path | None:
+    """The checkpoint to go on from, known to fit this run's config (`yaml`) and data; None for a new run.
+
+    Weights that a new run is to start from (`initialize_from`) are checked here too. Errors are raised on all ranks.
+    """
+    found = read.choose(mesh, Path(config.run_dir), config.resume.step)
+    if found is not None:
+        together(mesh, lambda: _check_checkpoint(config, mesh, dataset, yaml, found))
+    elif config.initialize_from is not None:
+        together(mesh, lambda: _check_source(str(config.initialize_from), mesh, dataset))
+    return found
+
+
+def _check_checkpoint(config: Config, mesh: Mesh, dataset: Dataset, yaml: str, found: Path) -> None:
+    layout = {**mesh.describe(), "zero_stage": config.parallel.zero_stage}
+    read.check_layout(found, layout, reshape=config.resume.reshape)
+    check_same(yaml, found / "config.yaml", config.resume.allow)
+    _check_tokenizer(dataset, found)
+    if read.read_state(found)["dataset"] != dataset.digest and "data.path" not in config.resume.allow:
+        raise ConfigError(
+            f"data.path={config.data.path} holds other data than {found} was trained on; use that dataset, or "
+            "go on with this one by resume.allow=[data.path]"
+        )
+
+
+def _check_source(initialize_from: str, mesh: Mesh, dataset: Dataset) -> None:
+    """Weights to start from must be whole, and speak this dataset's tokens."""
+    source = find(initialize_from)
+    problem = damage(source, share=(mesh.rank, mesh.world), parts=("model/", "tokenizer/"))
+    if problem is not None:
+        raise DataError(f"initialize_from: {problem}")
+    _check_tokenizer(dataset, source)
+
+
+def _check_tokenizer(dataset: Dataset, found: Path) -> None:
+    if tokenizer_sha256(found) != dataset.tokenizer.sha256:
+        raise DataError(
+            f"{dataset.folder / 'tokenizer'} is not the tokenizer of {found}; use the dataset that it was trained on"
+        )
 
 
 def check_same(now: str, before: Path, allow: list[str]) -> None:

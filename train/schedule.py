@@ -56,3 +56,35 @@ def embedding_shrink(config: Config, consumed_samples: int) -> float:
         if consumed_samples >= sample:
             alpha = value
     return alpha
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Where a run ends: after `max_steps` if that is set, else after `max_samples`, else with the schedule."""
+
+    max_steps: int | None
+    samples: int
+    batch_size_at: BatchSize
+
+    @staticmethod
+    def of(config: Config) -> "RunLength":
+        """The length of a config's run."""
+        samples = config.max_samples or config.schedule.decay_samples
+        return RunLength(config.max_steps, samples, BatchSize.of(config))
+
+    def reached(self, step: int, consumed_samples: int) -> bool:
+        """Whether nothing is left to do."""
+        if self.max_steps is not None:
+            return step >= self.max_steps
+        return consumed_samples >= self.samples
+
+    def last_step(self, step: int, consumed_samples: int) -> int:
+        """The step that the run ends with, following the batch ramp-up from where it stands."""
+        while not self.reached(step, consumed_samples):
+            if self.max_steps is not None:
+                return self.max_steps
+            size = self.batch_size_at(consumed_samples)
+            if size == self.batch_size_at.final:
+                return step - (consumed_samples - self.samples) // size
+            step, consumed_samples = step + 1, consumed_samples + size
+        return step

@@ -7,7 +7,6 @@
 """
 
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +17,6 @@ from data_prep.batch import Batch
 from data_prep.cli import as_yaml
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError, RunFailed, Stopped
-from data_prep.files import checksum
 from data_prep.loader import SampleStream, make_loader
 from data_prep.order import DataPlan
 from data_prep.samples import Sampler
@@ -26,7 +24,7 @@ from train import backend, rules
 from train.arithmetic import flops_per_token, model_flops_utilization
 from train.checkpoint import read, write
 from train.checkpoint.pieces import PieceReader
-from train.checkpoint.select import damage, find, tokenizer_sha256
+from train.checkpoint.select import find
 from train.collective import any_rank, on_rank_zero, together
 from train.config import Config
 from train.engine import Engine, StepNumbers, StepResult
@@ -35,10 +33,11 @@ from train.fragments import adam_steps
 from train.mesh import Mesh
 from train.model.build import DTYPES, operations
 from train.observers import MetricsObserver, Observer, ProgressObserver
-from train.resume import check_same
+from train.resume import starting_point
 from train.run_folder import RunFolder, command_line
-from train.schedule import BatchSize, embedding_shrink, learning_rate
+from train.schedule import BatchSize, RunLength, embedding_shrink, learning_rate
 from train.scores import loss_by_group, targets
+from train.signals import StopRequest
 from train.validation import Validation
 from train.wandb_observer import WandbObserver
 
@@ -72,14 +71,14 @@ class Trainer:
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.run_dir = Path(config.run_dir)
         self.yaml = as_yaml(config)
-        self._dataset_digest = checksum(dataset.folder / "manifest.json")
         self.step = 0
         self.consumed_samples = 0
         self.trained_samples = 0
         self.target_tokens = 0
         self.plan = DataPlan()
         self.batch_size_at = BatchSize.of(config)
-        self.stop_signal: str | None = None
+        self.length = RunLength.of(config)
+        self.stop = StopRequest()
         self._pending: list[tuple[dict[str, Any], StepResult]] = []
         self._saved_step = -1
         self._validated_step = -1
@@ -91,15 +90,15 @@ class Trainer:
         status = "failed"
         try:
             self._start()
-            with _Signals(self):
+            with self.stop:
                 self._loop()
                 self._read_pending()
                 if self.step != self._saved_step:
                     self._save()
             # Decided by the step, which all ranks share: a signal after the last one stops nothing.
-            if not self._done(self.step, self.consumed_samples):
+            if not self.length.reached(self.step, self.consumed_samples):
                 status = "stopped"
-                reason = self.stop_signal or "a signal to another rank"
+                reason = self.stop.name or "a signal to another rank"
                 raise Stopped(f"stopped by {reason} after step {self.step}; resume with: {command_line()}")
             status = "done"
         finally:
@@ -135,14 +134,14 @@ class Trainer:
                 self._save()
             # The next step's time starts here: validation and saving are not part of it.
             clock = time.perf_counter()
-            if any_rank(self.mesh, self.stop_signal is not None):
+            if any_rank(self.mesh, self.stop.name is not None):
                 return
         if self.step > first_step and self._validated_step != self.step:
             self._validate()
 
     def _start(self) -> None:
         config = self.config
-        found = self._find_checkpoint()
+        found = starting_point(config, self.mesh, self.dataset, self.yaml)
         self.engine = Engine.start(config, self.mesh)
         self._resume(found)
         self.sampler = Sampler(
@@ -171,7 +170,7 @@ class Trainer:
         self.folder.write_environment(None if self._device_name == "cpu" else self._device_name, **facts)
         self.observers.append(MetricsObserver(self.folder))
         if config.logging.progress:
-            self.observers.append(ProgressObserver(self._last_step()))
+            self.observers.append(ProgressObserver(self.length.last_step(self.step, self.consumed_samples)))
         wandb = WandbObserver.start(
             config.logging.wandb,
             project=config.logging.wandb_project,
@@ -179,15 +178,6 @@ class Trainer:
             config=asdict(config),
         )
         self.observers += [wandb] if wandb is not None else []
-
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, known to fit this run's config and data; None for a new run."""
-        found = read.choose(self.mesh, self.run_dir, self.config.resume.step)
-        if found is not None:
-            together(self.mesh, lambda: self._check_checkpoint(found))
-        elif self.config.initialize_from is not None:
-            together(self.mesh, self._check_source)
-        return found
 
     def _resume(self, found: Path | None) -> None:
         """Continue from a checkpoint, or start from other weights, or from scratch."""
@@ -210,33 +200,6 @@ class Trainer:
         assert self.folder is not None
         self.folder.rewind(self.step)
         write.set_aside(self.run_dir, self.step, self.folder.attempt)
-
-    def _check_checkpoint(self, found: Path) -> None:
-        layout = {**self.mesh.describe(), "zero_stage": self.config.parallel.zero_stage}
-        read.check_layout(found, layout, reshape=self.config.resume.reshape)
-        check_same(self.yaml, found / "config.yaml", self.config.resume.allow)
-        self._check_tokenizer(found)
-        before = read.read_state(found)["dataset"]
-        if before != self._dataset_digest and "data.path" not in self.config.resume.allow:
-            raise ConfigError(
-                f"data.path={self.config.data.path} holds other data than {found} was trained on; use that dataset, or "
-                "go on with this one by resume.allow=[data.path]"
-            )
-
-    def _check_source(self) -> None:
-        """Weights to start from must be whole, and speak this dataset's tokens."""
-        source = find(str(self.config.initialize_from))
-        problem = damage(source, share=(self.mesh.rank, self.mesh.world), parts=("model/", "tokenizer/"))
-        if problem is not None:
-            raise DataError(f"initialize_from: {problem}")
-        self._check_tokenizer(source)
-
-    def _check_tokenizer(self, found: Path) -> None:
-        if tokenizer_sha256(found) != self.dataset.tokenizer.sha256:
-            raise DataError(
-                f"{self.dataset.folder / 'tokenizer'} is not the tokenizer of {found}; "
-                "use the dataset that it was trained on"
-            )
 
     @property
     def _samples_a_round(self) -> int:
@@ -263,28 +226,9 @@ class Trainer:
                     pin_memory=self.mesh.device.type != "cpu",
                 )
             )
-        while not self._done(self.step, self.consumed_samples):
+        while not self.length.reached(self.step, self.consumed_samples):
             rounds = self.batch_size_at(self.consumed_samples) // self._samples_a_round
             yield [None if loader is None else next(loader) for _ in range(rounds)]
-
-    def _done(self, step: int, consumed: int) -> bool:
-        limit = self.config.max_samples or self.config.schedule.decay_samples
-        if self.config.max_steps is not None:
-            return step >= self.config.max_steps
-        return consumed >= limit
-
-    def _last_step(self) -> int:
-        """The step this run ends with, following the batch ramp-up."""
-        step, consumed = self.step, self.consumed_samples
-        while not self._done(step, consumed):
-            size = self.batch_size_at(consumed)
-            if self.config.max_steps is not None:
-                return self.config.max_steps
-            if size == self.config.global_batch_size:
-                limit = self.config.max_samples or self.config.schedule.decay_samples
-                return step - (consumed - limit) // size
-            step, consumed = step + 1, consumed + size
-        return step
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -378,7 +322,7 @@ class Trainer:
             "trained_samples": self.trained_samples,
             "target_tokens": self.target_tokens,
             "data_plan": self.plan.to_list(),
-            "dataset": self._dataset_digest,
+            "dataset": self.dataset.digest,
             "schedule": asdict(self.config.schedule),
             "optimizer_steps": adam_steps(self.engine.deepspeed.optimizer),
             "loss_scaler": self.engine.scaler_state(),
@@ -408,28 +352,6 @@ class Trainer:
             from train.report import write_report
 
             print(f"report: {write_report(self.run_dir)}", flush=True)
-
-
-class _Signals:
-    """While it is open, SIGTERM and Ctrl-C ask the trainer to save and stop; a second one ends the process."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._ask)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: object) -> None:
-        if self._trainer.stop_signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._trainer.stop_signal = signal.Signals(number).name
 
 
 def _held_out(config: Config, dataset: Dataset) -> Sampler:
