@@ -10,7 +10,10 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.unit
 ROOMS = {"data_prep": set(), "kernels": set(), "train": {"data_prep", "kernels"}, "launch": {"train", "data_prep"}}
-LAUNCH_MAY_IMPORT = {"train.config", "train.rules", "train.cli", "train.arithmetic", "train.run_folder"}
+LAUNCH_MAY_IMPORT = {
+    *("train.config", "train.rules", "train.cli", "train.arithmetic", "train.run_folder"),
+    *("train.charts", "train.page", "train.observers"),
+}
 
 
 def sources(room: str) -> Iterator[Path]:
@@ -55,5 +58,7 @@ def test_no_back_end_is_named_outside_the_kernels() -> None:
             assert '"cuda"' not in code, path
 
 
-def test_arithmetic_needs_no_torch() -> None:
-    assert "torch" not in {name.split(".")[0] for name in imports(ROOT / "train" / "arithmetic.py")}
+@pytest.mark.parametrize("module", sorted(LAUNCH_MAY_IMPORT))
+def test_what_the_launcher_imports_needs_no_torch(module: str) -> None:
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    assert "torch" not in {name.split(".")[0] for name in imports(path)}

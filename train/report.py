@@ -20,7 +20,7 @@ from data_prep.errors import DataError
 from data_prep.files import write_bytes
 from train.charts import Point, Series, line_chart, smoothed
 from train.observers import duration, number, short
-from train.report_style import CSS
+from train.page import chart_grid, header, section, table_card, tile_row, whole_page
 from train.run_folder import holds_run, read_json, read_log
 
 LANGUAGE_NAMES = {"zh": "Chinese", "en": "English", "zh_hant": "Traditional Chinese", "code": "code", "other": "other"}
@@ -93,33 +93,28 @@ def write_report(run_dir: str | Path) -> Path:
 
 def page(run: Run) -> str:
     """The whole page."""
-    name = escape(f"{run.path.resolve().name} · {run.setting('model.name', 'model')}")
+    name = f"{run.path.resolve().name} · {run.setting('model.name', 'model')}"
     sections = [
         _header(run),
         _tiles(run),
-        _section(
+        section(
             "Loss",
-            _charts([*_loss_charts(run), _held_out_table(run)]),
+            chart_grid([*_loss_charts(run), _held_out_table(run)]),
             "Cross entropy in nats a target, by step: lines are training, dots held-out, dashes the unigram baseline.",
         ),
-        _section(
+        section(
             "Filled blanks",
             _fills(run.fills),
             "Held-out text that training never saw. Beside each answer, the probability given to the true words; the "
             "unigram baseline always answers with the most frequent piece.",
         ),
-        _section("How it ran", _charts(_running_charts(run))),
-        _section("Events", _events(run.events)),
-        _section("Environment", _environment(run)),
-        _section("Commands", _commands(run)),
-        _section("Config", _config(run)),
+        section("How it ran", chart_grid(_running_charts(run))),
+        section("Events", _events(run.events)),
+        section("Environment", _environment(run)),
+        section("Commands", _commands(run)),
+        section("Config", _config(run)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{CSS}</style></head>\n<body><main>{''.join(sections)}"
-        "<footer>Written by Tiankong 填空 from the run folder alone.</footer></main></body></html>\n"
-    )
+    return whole_page(name, sections, "Written by Tiankong 填空 from the run folder alone.")
 
 
 def _header(run: Run) -> str:
@@ -131,11 +126,8 @@ def _header(run: Run) -> str:
     ranks = environment.get("world_size", 1)
     where = f"{ranks} rank{'s' if ranks != 1 else ''} on {environment.get('device', 'an unknown device')}"
     status, warn = _status(run)
-    return (
-        f'<header><p class="brand">TIANKONG 填空</p><h1>{escape(run.path.resolve().name)}</h1>'
-        f"<p>{escape(' · '.join(part for part in parts if part))}</p>"
-        f'<p>{escape(where)} · <span class="status{" warn" if warn else ""}">{escape(status)}</span></p></header>'
-    )
+    facts = " · ".join(part for part in parts if part)
+    return header(run.path.resolve().name, facts, where, status, warn=warn)
 
 
 def _status(run: Run) -> tuple[str, bool]:
@@ -179,13 +171,7 @@ def _tiles(run: Run) -> str:
         attempts = run.environment.get("attempt", 1)
         again = f"in steps, {attempts} attempts" if attempts > 1 else "in steps, one attempt"
         tiles.append(("Training time", duration(seconds), again))
-    tiles = tiles[: len(tiles) - len(tiles) % 4] if len(tiles) > 8 else tiles
-    cells = "".join(
-        f'<div class="tile{" first" if index == 0 else ""}"><dt>{escape(name)}</dt><dd>{escape(value)}</dd>'
-        f"<p>{escape(more)}</p></div>"
-        for index, (name, value, more) in enumerate(tiles)
-    )
-    return f'<dl class="tiles">{cells}</dl>' if tiles else ""
+    return tile_row(tiles)
 
 
 def _loss_charts(run: Run) -> list[str]:
@@ -307,7 +293,7 @@ def _held_out_table(run: Run) -> str:
         body.append((name, *numbers))
     heads = ("", "loss", "unigram", "− unigram", "bits/byte", "targets")
     title = "Held out, eval.json" if run.evaluation else f"Held out, step {record.get('step')}"
-    return f'<div class="card scroll"><h3>{escape(title)}</h3>{_table(heads, body)}</div>'
+    return table_card(heads, body, title=title)
 
 
 def _events(events: Sequence[Record]) -> str:
@@ -315,11 +301,7 @@ def _events(events: Sequence[Record]) -> str:
         (str(event.get("step", "")), *(str(event.get(key) or "") for key in ("kind", "seen", "action")))
         for event in events
     ]
-    return (
-        f'<div class="card scroll">{_table(("step", "kind", "seen", "action"), rows, numbers=False)}</div>'
-        if rows
-        else ""
-    )
+    return table_card(("step", "kind", "seen", "action"), rows, numbers=False)
 
 
 def _environment(run: Run) -> str:
@@ -352,29 +334,6 @@ def _config(run: Run) -> str:
     if not run.config_text:
         return ""
     return f'<details class="card"><summary>Every resolved key</summary><pre>{escape(run.config_text)}</pre></details>'
-
-
-def _section(title: str, content: str, hint: str = "") -> str:
-    """Nothing where there is nothing to show."""
-    if not content:
-        return ""
-    paragraph = f'<p class="hint">{escape(hint)}</p>' if hint else ""
-    return f"<section><h2>{escape(title)}</h2>{paragraph}{content}</section>"
-
-
-def _charts(charts: Sequence[str]) -> str:
-    joined = "".join(charts)
-    return f'<div class="charts">{joined}</div>' if joined else ""
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
-    style = ' class="number"' if numbers else ""
-    head = "".join(f"<th{style if index else ''}>{escape(name)}</th>" for index, name in enumerate(heads))
-    body = "".join(
-        "<tr>" + "".join(f"<td{style if index else ''}>{escape(cell)}</td>" for index, cell in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _points(records: Sequence[Record], key: str) -> list[Point]:
