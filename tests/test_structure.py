@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.unit
 ROOMS = {"data_prep": set(), "kernels": set(), "train": {"data_prep", "kernels"}, "launch": {"train", "data_prep"}}
 LAUNCH_MAY_IMPORT = {
-    *("train.config", "train.rules", "train.cli", "train.arithmetic", "train.run_folder"),
+    *("train.cluster", "train.config", "train.rules", "train.cli", "train.arithmetic", "train.run_folder"),
     *("train.charts", "train.page", "train.observers"),
 }
 

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from data_prep.config import DataConfig, TokenizerConfig
 from kernels.config import KernelsConfig
+from train.cluster import ClusterConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.norm_placement": ("deepnorm", "post", "pre", "sandwich"),
@@ -251,22 +252,6 @@ class LoggingConfig:
     """The live line on rank 0."""
     report: bool = True
     """Write report.html at the end."""
-
-
-@dataclass
-class ClusterConfig:
-    """Where the ranks run; read by `python -m launch` and the planner."""
-
-    launcher: str = "local"
-    """local: torchrun's agent on this machine."""
-    nodes: int = 1
-    """Machines."""
-    gpus_per_node: int | None = None
-    """Accelerators on each; null detects."""
-    processes: int | None = None
-    """Ranks on this machine; null means one an accelerator, or one on a CPU."""
-    hardware: str | None = None
-    """Accelerator name for the planner and MFU when it cannot be detected, such as a100_40g; null detects."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import data_prep.config
 import kernels.config
+import train.cluster
 import train.config
 import train.evaluate
 import train.generate
@@ -377,7 +378,7 @@ def test_values_reach_the_config_through_the_whole_command_line():
 
 
 def fields_of_all_schemas() -> list[tuple[str, str]]:
-    modules = (train.config, data_prep.config, kernels.config, train.evaluate, train.generate)
+    modules = (train.config, train.cluster, data_prep.config, kernels.config, train.evaluate, train.generate)
     schemas = {
         schema
         for module in modules
@@ -404,7 +405,7 @@ def test_every_key_is_read_somewhere():
 
 
 def test_every_key_is_documented():
-    for module in (train.config, data_prep.config, kernels.config, train.evaluate, train.generate):
+    for module in (train.config, train.cluster, data_prep.config, kernels.config, train.evaluate, train.generate):
         for node in ast.parse(inspect.getsource(module)).body:
             if not (isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
                 continue
