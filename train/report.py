@@ -200,12 +200,11 @@ def _split_series(run: Run, part: int, key: str, names: Mapping[str, str], span:
     seen |= {name for record in run.validation for name in record.get(key) or {}}
     series = []
     for color, name in enumerate([name for name in names if name in seen], start=1):
-        points: list[Point] = []
-        for record in run.metrics:
-            groups = record.get("loss_by_group") or {}
-            values = [loss for group, loss in groups.items() if group.split("/")[part] == name and loss is not None]
-            if values:
-                points.append((record["step"], sum(values) / len(values)))
+        points = [
+            (record["step"], loss)
+            for record in run.metrics
+            if (loss := mean_over_groups(record, part, name)) is not None
+        ]
         label = names[name]
         series.append(Series(label, smoothed(points, window=0.08, bins=100), color))
         parts = [(record["step"], _entry(record, key, name)) for record in run.validation]
@@ -216,6 +215,17 @@ def _split_series(run: Run, part: int, key: str, names: Mapping[str, str], span:
             line: list[Point] = [(min(span), unigram), (max(span), unigram)]
             series.append(Series(f"{label}, unigram", line, color, "dashed", legend=False))
     return series
+
+
+def mean_over_groups(record: Record, part: int, name: str) -> float | None:
+    """One step's nats a target of a kind or a language; None where it had none.
+
+    part: the place of the kind (0) or the language (1) in a group's name, `gmask/zh`.
+    """
+    losses, counts = record.get("loss_by_group") or {}, record.get("targets_by_group") or {}
+    mine = [group for group, loss in losses.items() if group.split("/")[part] == name and loss is not None]
+    total = sum(counts.get(group, 0) for group in mine)
+    return sum(counts[group] * losses[group] for group in mine if group in counts) / total if total else None
 
 
 def _entry(record: Record, key: str, name: str) -> Record:

@@ -18,6 +18,11 @@ def loss_by_group(sums: Sums) -> dict[str, float]:
     return {group_name(g): sums[g][0] / sums[g][1] for g in all_groups() if sums[g][1]}
 
 
+def targets_by_group(sums: Sums) -> dict[str, int]:
+    """Targets of each group that has any: the weights that a mean over groups needs."""
+    return {group_name(g): round(sums[g][1]) for g in all_groups() if sums[g][1]}
+
+
 def targets(sums: Sums) -> int:
     """All targets."""
     return round(sum(row[1] for row in sums))

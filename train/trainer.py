@@ -36,7 +36,7 @@ from train.observers import MetricsObserver, Observer, ProgressObserver
 from train.resume import starting_point
 from train.run_folder import RunFolder, command_line
 from train.schedule import BatchSize, RunLength, embedding_shrink, learning_rate
-from train.scores import loss_by_group, targets
+from train.scores import loss_by_group, targets, targets_by_group
 from train.signals import StopRequest
 from train.validation import Validation
 from train.wandb_observer import WandbObserver
@@ -280,6 +280,7 @@ class Trainer:
             "loss_scale": number.loss_scale,
             "target_tokens": self.target_tokens,
             "loss_by_group": loss_by_group(number.sums),
+            "targets_by_group": targets_by_group(number.sums),
             "skipped": number.skipped,
         }
         return measured | ({"z_loss": number.z_loss} if self.config.loss.z_loss else {})

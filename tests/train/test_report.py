@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.errors import DataError
 from train.charts import Series, line_chart, smoothed, tick_label
-from train.report import write_report
+from train.report import mean_over_groups, write_report
 from train.run_folder import RunFolder
 
 pytestmark = pytest.mark.unit
@@ -77,7 +77,8 @@ def make_run(path: Path, steps: int = 300, **changes: object) -> Path:
             "target_tokens": step * 250,
             "tokens_per_second": 3000 + noise.gauss(0, 50),
             "step_seconds": 0.17,
-            "loss_by_group": {noise.choice(["gmask/zh", "mask/en", "gmask/en"]): loss},
+            "loss_by_group": {(group := noise.choice(["gmask/zh", "mask/en", "gmask/en"])): loss},
+            "targets_by_group": {group: 250},
         }
         folder.append("metrics", [{**record, **changes}])
     for step in range(100, steps + 1, 100):
@@ -197,6 +198,14 @@ def test_the_command_line(tmp_path):
     missing = report(tmp_path / "none")
     assert missing.returncode == 3
     assert "no run here" in missing.stderr.splitlines()[-1]
+
+
+def test_a_kinds_loss_is_a_mean_over_targets_not_over_groups():
+    losses = {"gmask/zh": 2.0, "gmask/en": 6.0, "mask/en": 9.0, "mask/zh": None}
+    record = {"loss_by_group": losses, "targets_by_group": {"gmask/zh": 300, "gmask/en": 100, "mask/en": 5}}
+    assert mean_over_groups(record, 0, "gmask") == 3.0
+    assert mean_over_groups(record, 1, "en") == pytest.approx((600 + 45) / 105)
+    assert mean_over_groups(record, 0, "smask") is None
 
 
 def test_charts_of_nothing_of_one_point_and_of_constants():
