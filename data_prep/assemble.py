@@ -53,20 +53,29 @@ class Assembler:
 
     def prefix(self, layout: Layout, text: NDArray[np.int64], generated: int) -> None:
         """Hide the last `generated` tokens of a text behind one [gMASK]; fills len(text) + 1 slots."""
-        first = layout.used
         context = len(text) - generated
-        begin = first + context + 1  # slot of sop
-        end = begin + generated
-        layout.tokens[first : begin - 1] = text[:context]
-        layout.tokens[begin - 1] = self.gmask
+        self.prompt(layout, text[:context], self.gmask, text[context:])
+
+    def prompt(self, layout: Layout, context: NDArray[np.int64], mask: int, generation: NDArray[np.int64]) -> None:
+        """Generate a text behind a context that ends in a mask token; fills len(context) + len(generation) + 1 slots.
+
+        generation: the targets, so with an eop where one is to be learnt. Positions in one dimension run on behind a
+        [gMASK]; behind another mask they all are the mask's, as a span's.
+        """
+        first = layout.used
+        begin = first + len(context) + 1  # slot of sop
+        end = begin + len(generation)
+        layout.tokens[first : begin - 1] = context
+        layout.tokens[begin - 1] = mask
         layout.tokens[begin] = self.sop
-        layout.tokens[begin + 1 : end] = text[context:-1]
-        layout.targets[begin:end] = text[context:]
+        layout.tokens[begin + 1 : end] = generation[:-1]
+        layout.targets[begin:end] = generation
         layout.is_target[begin:end] = True
         layout.positions[0, first:end] = np.arange(end - first)
+        if self.two_dimensional or mask != self.gmask:
+            layout.positions[0, begin:end] = len(context)
         if self.two_dimensional:
-            layout.positions[0, begin:end] = context
-            layout.positions[1, begin:end] = np.arange(1, generated + 1)
+            layout.positions[1, begin:end] = np.arange(1, len(generation) + 1)
         layout.attend_from[first:end] = first
         layout.attend_to[first:begin] = begin
         layout.used = end

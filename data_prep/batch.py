@@ -14,9 +14,9 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-KINDS = ("gmask", "mask", "smask", "causal")
+KINDS = ("gmask", "mask", "smask", "causal", "instruction")
 """Names of a sample's kind by number; at most 8."""
-GMASK, MASK, SMASK, CAUSAL = range(4)
+GMASK, MASK, SMASK, CAUSAL, INSTRUCTION = range(5)
 LANGUAGES = ("other", "zh", "en", "zh_hant", "code")
 """Languages that losses are split by, by number; at most 8, any other language counts as `other`."""
 NUM_GROUPS = 64

@@ -17,6 +17,8 @@ REASONS = {
     "too_short": "fewer characters than data.min_characters",
     "too_long": "more characters than data.max_characters",
     "unreadable": "over 1 % of the characters are U+FFFD, control characters or half surrogates",
+    "empty_target": "the answer to the prompt is empty",
+    "over_cap": "the source's cap is reached",
     "duplicate": "equal to an earlier document but for white space",
 }
 """Why a document is kept aside, by the name used in reports and in rejected/."""

@@ -13,6 +13,7 @@ from data_prep.errors import ConfigError
 OBJECTIVES = ("blank_infilling", "causal")
 POSITIONS = ("1d", "2d")
 TEXT_DOCUMENTS = ("file", "line")
+INSTRUCTION_MASKS = ("MASK", "gMASK")
 
 
 @dataclass
@@ -47,13 +48,18 @@ class SamplingConfig:
     """Whether each document is a segment of its own, unseen by its neighbours; GLM-130B joined them."""
     positions: str = "1d"
     """1d (GLM-130B), or 2d: the place of the mask, and the place inside the span."""
+    instruction_share: float = 0.05
+    """Part of the sequences that hold instructions (prompts and answers), where the dataset has some beside text."""
+    instruction_mask: str = "MASK"
+    """Mask token between prompt and answer: MASK (GLM-130B's multi-task instructions) or gMASK (ChatGLM)."""
     mixture_period: int = 1000
     """Samples over which mixture and kind shares are kept exactly; shares are rounded to one in so many."""
 
     def __post_init__(self) -> None:
         _choice("data.sampling.objective", self.objective, OBJECTIVES)
         _choice("data.sampling.positions", self.positions, POSITIONS)
-        for name in ("gmask_share", "mask_share", "sentence_share"):
+        _choice("data.sampling.instruction_mask", self.instruction_mask, INSTRUCTION_MASKS)
+        for name in ("gmask_share", "mask_share", "sentence_share", "instruction_share"):
             _within(f"data.sampling.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("single_span_probability", "short_text_probability"):
             _within(f"data.sampling.{name}", getattr(self, name), 0.0, 1.0)
@@ -77,7 +83,8 @@ class DataConfig:
     path: str = MISSING
     """Dataset folder: written by data_prep, read by the trainer."""
     sources: list[Any] = field(default_factory=list)
-    """Files, globs, `bundled:NAME` or `hub:OWNER/NAME`; or an entry {path, name, lang, licence, weight, text_field}."""
+    """Files, globs, `bundled:NAME` or `hub:OWNER/NAME`; or an entry {path, name, lang, licence, weight,
+    epochs, cap, text_field, template, target_field}."""
     text_field: str = "text"
     """Field or column that holds a document's text."""
     lang_field: str = "lang"

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import DataError
 from data_prep.files import checksum
+from data_prep.instructions import InstructionStream
 from data_prep.manifest import Manifest, StreamInfo
 from data_prep.shards import Shard
 from data_prep.tokenizer import Tokenizer
@@ -88,14 +89,17 @@ class Dataset:
         """Checksum of the manifest: two datasets with the same one hold the same tokens."""
         return checksum(self.folder / "manifest.json")
 
-    def streams(self, split: str, sequence_length: int) -> list[Stream]:
-        """Streams of a split in the manifest's order, also those too small for a row."""
-        return [
-            Stream(
-                info, [self._shards[shard.path] for shard in info.shards if shard.split == split], sequence_length - 1
-            )
-            for info in self.manifest.sources
-        ]
+    def streams(self, split: str, sequence_length: int) -> list[Stream | InstructionStream]:
+        """Streams of a split in the manifest's order, text before instructions; also those too small for a row."""
+        text: list[Stream | InstructionStream] = []
+        instructions: list[Stream | InstructionStream] = []
+        for info in self.manifest.sources:
+            shards = [self._shards[shard.path] for shard in info.shards if shard.split == split]
+            if info.content == "text":
+                text.append(Stream(info, shards, sequence_length - 1))
+            else:
+                instructions.append(InstructionStream(info, shards, sequence_length))
+        return text + instructions
 
     @cached_property
     def unigram_counts(self) -> NDArray[np.int64]:

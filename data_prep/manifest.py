@@ -69,6 +69,10 @@ class StreamInfo:
     counts: dict[str, Counts]
     """By split."""
     shards: list[ShardInfo]
+    epochs: float | None = None
+    """How often its rows may be drawn before the other sources take its share; None: without end."""
+    content: str = "text"
+    """text, or instructions: prompts and answers, two sequences a document."""
 
     @property
     def key(self) -> str:

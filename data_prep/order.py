@@ -123,6 +123,31 @@ class Schedule:
         return [number * count + int(extra) for count, extra in zip(self.counts, head, strict=True)]
 
 
+class Mixture:
+    """A schedule over text streams whose last choice stands for all instruction streams, shared out among them.
+
+    Two levels, so that dozens of small tasks need no place each in every period of the whole.
+    """
+
+    def __init__(self, outer: Schedule, inner: Schedule | None = None) -> None:
+        """inner: among the instruction streams; None where there are none, and `outer` has no choice for them."""
+        self._outer, self._inner = outer, inner
+        self._last = len(outer.counts) - 1
+
+    def at(self, place: int) -> tuple[int, int]:
+        """(stream at `place`, how often it was drawn at earlier places)."""
+        choice, made = self._outer.at(place)
+        if self._inner is None or choice < self._last:
+            return choice, made
+        task, made = self._inner.at(made)
+        return self._last + task, made
+
+    def made_before(self, place: int) -> list[int]:
+        """How often each stream was drawn at places before `place`."""
+        made = self._outer.made_before(place)
+        return made if self._inner is None else made[:-1] + self._inner.made_before(made[-1])
+
+
 @dataclass(frozen=True)
 class PlanEntry:
     """One change of course: from sample `from_sample` on, other weights; or indices that are never trained on."""

@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,7 @@ def _clean(
     spools: dict[str, _Spool] = {}
     writers: dict[str, Any] = {}
     counts: dict[str, Counter[str]] = {}
+    taken: Counter[str] = Counter()
     seen: set[int] = set()
     sizes = {str(path): path.stat().st_size for source in sources for path in source.files}
     done, current = 0, ""
@@ -228,7 +229,12 @@ def _clean(
                     refused, text = item, ""
                 else:
                     text = clean_text(item.text)
+                    if item.target is not None:
+                        item = replace(item, target=clean_text(item.target))
                     refused = _refuse(item, text, config, seen)
+                    if refused is None and taken[source.name] == source.cap:
+                        refused = Rejected(item.file, item.line, "over_cap", f"cap={source.cap}")
+                    taken[source.name] += refused is None
                 if refused is not None:
                     counts[source.name][refused.reason] += 1
                     line = {
@@ -247,9 +253,10 @@ def _clean(
 
 
 def _refuse(item: Document, text: str, config: DataConfig, seen: set[int]) -> Rejected | None:
-    reason = refusal(item.text, text, config.min_characters, config.max_characters)
+    least = config.min_characters if item.target is None else 1
+    reason = "empty_target" if item.target == "" else refusal(item.text, text, least, config.max_characters)
     if reason is None and config.deduplicate:
-        key = duplicate_key(text)
+        key = duplicate_key(text if item.target is None else f"{text}\0{item.target}")
         if key in seen:
             reason = "duplicate"
         seen.add(key)
@@ -275,7 +282,8 @@ def _spool(
     spool.documents += 1
     spool.licence[item.licence or "unknown"] += 1
     spool.pages.add(page_of(item.id))
-    writers[key].write((json.dumps({"id": item.id, "text": text}) + "\n").encode())
+    record = {"id": item.id, "text": text} | ({} if item.target is None else {"target": item.target})
+    writers[key].write((json.dumps(record) + "\n").encode())
 
 
 def _pages_to_move(spools: list[_Spool], config: DataConfig) -> set[str]:
@@ -305,6 +313,8 @@ def _tokenise(
         name=spool.source.name,
         lang=spool.lang,
         weight=spool.source.weight,
+        epochs=spool.source.epochs,
+        content=spool.source.content,
         licence=dict(sorted(spool.licence.items())),
         counts={name: Counts() for name in SPLITS},
         shards=[],
@@ -320,7 +330,7 @@ def _tokenise(
                 split=name,
                 bytes=writer.path(".bin").stat().st_size,
                 tokens=writer.tokens,
-                documents=len(writer.sizes),
+                documents=writer.documents,
                 checksum=checksum(writer.path(".bin")),
                 index_checksum=checksum(writer.path(".idx")),
             )
@@ -335,9 +345,14 @@ def _tokenise(
                 writers[name] = ShardWriter(
                     folder / name / f"{stream.key}-{number:05d}", token_dtype(tokenizer.vocab_size)
                 )
-            tokens = np.asarray([*ids, tokenizer.eod])
-            writers[name].add(tokens)
-            stream.counts[name].add(len(document["text"]), len(document["text"].encode()), len(tokens))
+            if "target" in document:
+                answer = tokenizer.encode(document["target"])
+                writers[name].add(ids, answer)
+                tokens, text = np.asarray([*ids, *answer]), document["text"] + document["target"]
+            else:
+                tokens, text = np.asarray([*ids, tokenizer.eod]), document["text"]
+                writers[name].add(tokens)
+            stream.counts[name].add(len(text), len(text.encode()), len(tokens))
             if name == "train":
                 unigram[:] += np.bincount(tokens, minlength=len(unigram))
             if writers[name].tokens >= config.data.max_shard_tokens:

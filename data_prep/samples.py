@@ -6,7 +6,7 @@ Nothing depends on earlier calls, on workers or on ranks.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.assemble import Assembler, Layout
-from data_prep.batch import CAUSAL, GMASK, KINDS, MASK, SMASK, Batch, Sample, group_of
+from data_prep.batch import CAUSAL, GMASK, INSTRUCTION, KINDS, MASK, SMASK, Batch, Sample, group_of
 from data_prep.config import SamplingConfig
 from data_prep.dataset import Dataset, Stream
 from data_prep.errors import ConfigError, DataError
+from data_prep.instructions import Example, InstructionStream
+from data_prep.mixture import AnyStream, Course
 from data_prep.order import DataPlan, Permutation, Schedule, mix
 from data_prep.spans import MILLION, SMALLEST_SEGMENT, SpanLaw, Spans, draw_sentences, sentences
 
@@ -32,21 +34,11 @@ _log = logging.getLogger(__name__)
 class Address:
     """Where a sample comes from."""
 
-    stream: Stream
+    stream: AnyStream
     epoch: int
     """How often all rows of the stream were drawn before."""
     row: int
     kind: int
-
-
-@dataclass
-class _Phase:
-    """Samples from `first` on under one mixture."""
-
-    first: int
-    schedule: Schedule
-    drawn: list[int]
-    """Samples of each stream before this phase."""
 
 
 @dataclass(frozen=True)
@@ -108,20 +100,21 @@ class Sampler:
         self._kinds = [
             Schedule(self.kind_shares, config.mixture_period, mix(seed, 2, stream.hash)) for stream in self.streams
         ]
-        self._phases = self._make_phases() if split == "train" else []
+        self.course = Course(self.streams, config, seed, self.plan) if split == "train" else None
         self._row_order: dict[tuple[int, int], Permutation] = {}
         self._targets_a_sample = self.expected_targets if weighting == "token" else 0.0
 
     @property
     def kind_shares(self) -> list[float]:
-        """Share of each kind in `KINDS`' order."""
+        """Share of each kind among the samples of text, in `KINDS`' order."""
         config = self.config
         if config.objective == "causal":
-            return [0.0, 0.0, 0.0, 1.0]
+            return [0.0, 0.0, 0.0, 1.0, 0.0]
         return [
             config.gmask_share,
             config.mask_share * (1 - config.sentence_share),
             config.mask_share * config.sentence_share,
+            0.0,
             0.0,
         ]
 
@@ -129,20 +122,18 @@ class Sampler:
         """Stream, epoch, row and kind of a sample."""
         if index < 0:
             raise IndexError(f"sample {index} is negative")
-        if self.split != "train":
+        if self.course is None:
             epoch, place = divmod(index, self.rows)
             row = self._permuted(len(self.streams), epoch, place, self.rows, 0)
             number = int(np.searchsorted(self._last_rows, row, side="right"))
             stream = self.streams[number]
-            kind, _ = self._kinds[0].at(index)
+            kind = self._kind(stream, 0, index)
             return Address(stream, epoch, row - int(self._last_rows[number]) + stream.rows, kind)
-        phase = next(phase for phase in reversed(self._phases) if phase.first <= index)
-        number, made = phase.schedule.at(index - phase.first)
-        draw = phase.drawn[number] + made
+        number, draw = self.course.at(index)
         stream = self.streams[number]
         epoch, place = divmod(draw, stream.rows)
-        kind, _ = self._kinds[number].at(draw)
-        return Address(stream, epoch, self._permuted(number, epoch, place, stream.rows, stream.hash), kind)
+        row = self._permuted(number, epoch, place, stream.rows, stream.hash)
+        return Address(stream, epoch, row, self._kind(stream, number, draw))
 
     def sample(self, index: int) -> Sample:
         """The sample of a global index.
@@ -151,6 +142,8 @@ class Sampler:
         same for every target of every sample.
         """
         address = self.address(index)
+        if isinstance(address.stream, InstructionStream):
+            return self.instructions(address.stream.examples(address.row), address.stream.info.lang, index)
         row = address.stream.read_row(address.row)
         generator = np.random.Generator(np.random.Philox(key=mix(self.seed, 1) << 64 | mix(index)))
         return self.build(row, address.kind, address.stream.info.lang, generator, index)
@@ -174,6 +167,19 @@ class Sampler:
             self._blanks(layout, row, generator)
         else:
             self._sentence_blanks(layout, row, generator)
+        return self._finished(layout, kind, lang, index)
+
+    def instructions(self, examples: list[Example], lang: str, index: int = 0) -> Sample:
+        """A sample of prompts with their answers, each a segment of its own; together they must fit the sequence."""
+        tokenizer = self.dataset.tokenizer
+        mask = tokenizer.special_ids[self.config.instruction_mask]
+        layout = Layout.empty(self.sequence_length, tokenizer.eod)
+        for example in examples:
+            generation = np.append(example.answer, tokenizer.eop) if example.whole else example.answer
+            self._assembler.prompt(layout, example.prompt, mask, generation)
+        return self._finished(layout, INSTRUCTION, lang, index)
+
+    def _finished(self, layout: Layout, kind: int, lang: str, index: int) -> Sample:
         targets = int(layout.is_target.sum())
         each = 1.0 / self._targets_a_sample if self.weighting == "token" else 1.0 / max(1, targets)
         return Sample(
@@ -195,18 +201,25 @@ class Sampler:
     def expected_targets_by_kind(self) -> dict[str, float]:
         """Targets a sample of each kind is expected to hold, for joined documents.
 
-        Exact for gmask, mask and causal; smask's depends on the text, and mask's stands in for it. Isolating documents
-        changes the numbers with the text; these are then a fixed scale, which is all that a loss weight needs.
+        Exact for gmask, mask and causal, and for instructions the mean of the packs; smask's depends on the text, and
+        mask's stands in for it. Isolating documents changes the numbers with the text; these are then a fixed scale,
+        which is all that a loss weight needs.
         """
         row = self.sequence_length - 1
         spans, hidden = self.law.expected_sequence(self.sequence_length)
         gmask = (self._shortest_generation(row) + row) / 2
-        return dict(zip(KINDS, (gmask, spans + hidden, spans + hidden, float(row)), strict=True))
+        examples = self._examples
+        packed = sum(one.packing.targets for one in examples) / max(1, sum(one.rows for one in examples))
+        return dict(zip(KINDS, (gmask, spans + hidden, spans + hidden, float(row), packed), strict=True))
 
     @property
     def expected_targets(self) -> float:
         """Targets a sample is expected to hold, over all kinds."""
         shares = np.array(self.kind_shares)
+        if self._examples:
+            instructed = self.config.instruction_share if len(self._examples) < len(self.streams) else 1.0
+            shares = shares / shares.sum() * (1 - instructed)
+            shares[INSTRUCTION] = instructed
         return float(shares @ np.array(list(self.expected_targets_by_kind.values())) / shares.sum())
 
     @property
@@ -225,6 +238,7 @@ class Sampler:
             "kind_shares": {kind: share for kind, share in shares.items() if share},
             "expected_targets": {kind: self.expected_targets_by_kind[kind] for kind in shares if shares[kind]},
             "expected_unused_tokens_a_mask_sample": self.expected_unused_tokens,
+            "instructions": {stream.key: asdict(stream.packing) for stream in self._examples},
         }
 
     def unigram_loss(self, batch: Batch) -> Tensor:
@@ -238,38 +252,13 @@ class Sampler:
         nats = tables[kind, batch.targets.cpu()]
         return (nats * (batch.loss_weight.cpu() > 0)).to(batch.targets.device)
 
-    def _make_phases(self) -> list[_Phase]:
-        drawn = [0] * len(self.streams)
-        phases: list[_Phase] = []
-        for first, weights in [(0, None), *self.plan.mixtures]:
-            if phases:
-                before = phases[-1].schedule.made_before(first - phases[-1].first)
-                drawn = [earlier + made for earlier, made in zip(phases[-1].drawn, before, strict=True)]
-            shares = self._shares(dict(weights) if weights is not None else None)
-            schedule = Schedule(shares, self.config.mixture_period, mix(self.seed, 3, first))
-            phases.append(_Phase(first, schedule, drawn))
-        return phases
+    @property
+    def _examples(self) -> list[InstructionStream]:
+        return [stream for stream in self.streams if isinstance(stream, InstructionStream)]
 
-    def _shares(self, weights: dict[str, float] | None) -> list[float]:
-        """Share of each stream; a source's weight is divided among its languages by rows."""
-        names: dict[str, list[Stream]] = {}
-        for stream in self.streams:
-            names.setdefault(stream.info.name, []).append(stream)
-        if weights is None:
-            if any(stream.info.weight is None for stream in self.streams):
-                return [float(stream.rows) for stream in self.streams]
-            weights = {stream.info.name: stream.info.weight or 0.0 for stream in self.streams}
-        unknown = sorted(set(weights) - set(names) - {stream.key for stream in self.streams})
-        if unknown:
-            raise ConfigError(f"data plan: unknown source {unknown[0]}; there are {', '.join(sorted(names))}")
-        return [
-            weights[stream.key]
-            if stream.key in weights
-            else weights.get(stream.info.name, 0.0)
-            * stream.rows
-            / sum(other.rows for other in names[stream.info.name] if other.key not in weights)
-            for stream in self.streams
-        ]
+    def _kind(self, stream: AnyStream, number: int, place: int) -> int:
+        """Kind of the sample at a place of the quota table of stream `number`."""
+        return INSTRUCTION if isinstance(stream, InstructionStream) else self._kinds[number].at(place)[0]
 
     def _permuted(self, number: int, epoch: int, place: int, size: int, name: int) -> int:
         """Row at a place of an epoch. Only the last permutation of each stream is kept."""
@@ -383,7 +372,9 @@ class Sampler:
     def _unigram_tables(self) -> NDArray[np.float32]:
         """−ln p of each token under each kind, float32 [kinds, vocab_size]."""
         spans, hidden = self.law.expected_sequence(self.sequence_length)
-        ends = [0.0, spans / (spans + hidden), self._measured_sentence_ends(), 0.0]
+        answers = sum(stream.packing.ends for stream in self._examples)
+        answer_ends = answers / max(1, sum(stream.packing.targets for stream in self._examples))
+        ends = [0.0, spans / (spans + hidden), self._measured_sentence_ends(), 0.0, answer_ends]
         tables = np.empty((len(KINDS), self.dataset.tokenizer.vocab_size), dtype=np.float32)
         for kind, share in enumerate(ends):
             tables[kind] = self.dataset.unigram_nats - np.log(1 - share)
@@ -393,11 +384,12 @@ class Sampler:
 
     def _measured_sentence_ends(self) -> float:
         """Share of eop among smask targets, from 32 rows: it depends on the text, so there is nothing to derive."""
-        if not self.kind_shares[SMASK]:
+        texts = [stream for stream in self.streams if isinstance(stream, Stream)]
+        if not self.kind_shares[SMASK] or not texts:
             return 0.0
         ends = targets = 0
         for number in range(32):
-            stream = self.streams[number % len(self.streams)]
+            stream = texts[number % len(texts)]
             generator = np.random.Generator(np.random.Philox(key=mix(self.seed, 5, number)))
             row = stream.read_row(mix(self.seed, 6, number) % stream.rows)
             sample = self.build(row, SMASK, stream.info.lang, generator)

@@ -2,7 +2,7 @@
 
 Layout of the index, little-endian: magic `MMIDIDX\\0\\0`, version 1 (uint64), token type (uint8), sequences (uint64),
 documents + 1 (uint64), tokens of each sequence (int32), byte offset of each sequence (int64), first sequence of each
-document (int64). Here a document is one sequence and ends with eod.
+document (int64). A document of text is one sequence and ends with eod; one of instructions is two, prompt and answer.
 """
 
 import os
@@ -42,7 +42,9 @@ class ShardWriter:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
         self.sizes: list[int] = []
+        self.documents = 0
         self.tokens = 0
+        self._marks = [0]
         self._temporary = self.prefix.with_name(f".{self.prefix.name}.bin.{os.getpid()}.tmp")
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -50,15 +52,18 @@ class ShardWriter:
         except OSError as error:
             raise write_error(self._temporary, error) from error
 
-    def add(self, tokens: Sequence[int] | NDArray[Any]) -> None:
-        """Append one document, its eod included. Raises DataError where the disk is full."""
-        array = np.asarray(tokens, dtype=self.dtype)
-        try:
-            self._file.write(array.tobytes())
-        except OSError as error:
-            raise write_error(self.path(".bin"), error) from error
-        self.sizes.append(len(array))
-        self.tokens += len(array)
+    def add(self, *sequences: Sequence[int] | NDArray[Any]) -> None:
+        """Append one document of one or more sequences. Raises DataError where the disk is full."""
+        for tokens in sequences:
+            array = np.asarray(tokens, dtype=self.dtype)
+            try:
+                self._file.write(array.tobytes())
+            except OSError as error:
+                raise write_error(self.path(".bin"), error) from error
+            self.sizes.append(len(array))
+            self.tokens += len(array)
+        self.documents += 1
+        self._marks.append(len(self.sizes))
 
     def path(self, suffix: str) -> Path:
         """Path of the `.bin` or the `.idx`."""
@@ -79,10 +84,10 @@ class ShardWriter:
         np.cumsum(sizes[:-1], out=starts[1:], dtype=np.int64)
         code = next(code for code, dtype in DTYPES.items() if np.dtype(dtype) == self.dtype)
         with atomic_write(self.path(".idx")) as file:
-            file.write(MAGIC + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1))
+            file.write(MAGIC + struct.pack("<QBQQ", 1, code, len(sizes), len(self._marks)))
             file.write(sizes.tobytes())
             file.write((starts * self.dtype.itemsize).tobytes())
-            file.write(np.arange(len(sizes) + 1, dtype=np.int64).tobytes())
+            file.write(np.asarray(self._marks, dtype=np.int64).tobytes())
 
     def abort(self) -> None:
         """Give up and leave nothing behind."""
@@ -145,5 +150,5 @@ class Shard:
         return self._map[start : start + length].astype(np.int64)
 
     def document(self, number: int) -> NDArray[np.int64]:
-        """All tokens of a sequence, its eod included."""
+        """All tokens of a sequence: a document of text with its eod, or a prompt, or an answer."""
         return self.read(int(self.pointers()[number]) // self.dtype.itemsize, int(self.sizes()[number]))

@@ -19,12 +19,27 @@ import zstandard
 from data_prep.clean import language_code
 from data_prep.config import DataConfig
 from data_prep.errors import ConfigError, DataError
+from data_prep.templates import fields_of, render
 
 BUNDLED = Path(__file__).parent / "corpus"
 _JSON = (".jsonl", ".json", ".ndjson")
 _TEXT = (".txt", ".md", ".text")
 _PACKED = (".gz", ".zst")
-_ENTRY_KEYS = ("path", "hub", "name", "lang", "licence", "weight", "text_field", "config", "split")
+_ENTRY_KEYS = (
+    "path",
+    "hub",
+    "name",
+    "lang",
+    "licence",
+    "weight",
+    "epochs",
+    "cap",
+    "text_field",
+    "template",
+    "target_field",
+    "config",
+    "split",
+)
 _BINARY_HEADS = (
     b"\x7fELF",
     b"PK\x03\x04",
@@ -58,6 +73,19 @@ class Source:
     """Share of the training samples relative to the other sources; None: in proportion to the tokens."""
     text_field: str = "text"
     """Field or column with the text."""
+    template: str | None = None
+    """Template that makes a prompt of each record (data_prep/templates.py): the source holds instructions."""
+    target_field: str = "target"
+    """Field or column with the answer to a prompt."""
+    epochs: float | None = None
+    """How often its rows may be drawn; None: without end."""
+    cap: int | None = None
+    """Most documents that are taken of it; None: all."""
+
+    @property
+    def content(self) -> str:
+        """instructions where there is a template, else text."""
+        return "text" if self.template is None else "instructions"
 
 
 @dataclass(frozen=True)
@@ -70,6 +98,8 @@ class Document:
     licence: str | None
     file: str
     line: int
+    target: str | None = None
+    """The answer, where `text` is a prompt."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +121,14 @@ def resolve_sources(config: DataConfig) -> list[Source]:
             "data.sources is empty; give files, e.g. data.sources='[zh.jsonl.gz,en.jsonl.gz]', or data=sample"
         )
     sources = [_resolve(entry, config) for entry in config.sources]
-    weighted = [source.weight is not None for source in sources]
-    if any(weighted) and not all(weighted):
-        missing = next(source.name for source in sources if source.weight is None)
-        raise ConfigError(
-            f"data.sources: {missing} has no weight while others have; give all sources a weight, or none"
-        )
+    for content in ("text", "instructions"):
+        chosen = [source for source in sources if source.content == content]
+        missing = [source.name for source in chosen if source.weight is None]
+        if missing and len(missing) < len(chosen):
+            raise ConfigError(
+                f"data.sources: {missing[0]} has no weight while others have; give all sources of {content} a weight, "
+                "or none"
+            )
     return sources
 
 
@@ -139,6 +171,14 @@ def _resolve(entry: Any, config: DataConfig) -> Source:
     weight = fields.get("weight")
     if weight is not None and not (isinstance(weight, int | float) and weight >= 0):
         raise ConfigError(f"data.sources: weight={weight} must be a number ≥ 0")
+    epochs, cap = fields.get("epochs"), fields.get("cap")
+    if epochs is not None and not (isinstance(epochs, int | float) and epochs > 0):
+        raise ConfigError(f"data.sources: epochs={epochs} must be a number > 0")
+    if cap is not None and not (isinstance(cap, int) and cap > 0):
+        raise ConfigError(f"data.sources: cap={cap} must be a whole number of documents > 0")
+    template = fields.get("template")
+    if template is not None:
+        fields_of(str(template))
     lang = fields.get("lang")
     return Source(
         name=_safe_name(str(fields.get("name") or hub or _stem(files[0] if len(files) == 1 else Path(str(path))))),
@@ -150,6 +190,10 @@ def _resolve(entry: Any, config: DataConfig) -> Source:
         licence=fields.get("licence"),
         weight=None if weight is None else float(weight),
         text_field=str(fields.get("text_field", config.text_field)),
+        template=None if template is None else str(template),
+        target_field=str(fields.get("target_field", "target")),
+        epochs=None if epochs is None else float(epochs),
+        cap=cap,
     )
 
 
@@ -305,10 +349,12 @@ def _refused(path: Path, number: int, reason: str, detail: str, line: bytes) -> 
 def _document(
     fields: dict[str, Any], source: Source, config: DataConfig, file: str, number: int
 ) -> Document | Rejected:
-    text = fields.get(source.text_field)
-    if not isinstance(text, str):
-        known = ", ".join(map(str, fields)) or "none"
-        return Rejected(file, number, "missing_text", f"no string in field '{source.text_field}'; fields are {known}")
+    wanted = [source.text_field] if source.template is None else [*fields_of(source.template), source.target_field]
+    for name in wanted:
+        if not isinstance(fields.get(name), str):
+            known = ", ".join(map(str, fields)) or "none"
+            return Rejected(file, number, "missing_text", f"no string in field '{name}'; fields are {known}")
+    text = fields[source.text_field] if source.template is None else render(source.template, fields)
     lang = source.lang or fields.get(config.lang_field)
     licence = source.licence or fields.get("licence") or fields.get("license")
     return Document(
@@ -318,6 +364,7 @@ def _document(
         licence=None if not licence else _plain(licence),
         file=file,
         line=number,
+        target=None if source.template is None else fields[source.target_field],
     )
 
 
@@ -355,10 +402,10 @@ def _read_parquet(path: Path, source: Source, config: DataConfig) -> Iterator[Do
         columns = pyarrow.parquet.read_schema(path).names
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file ({error}); fetch it again") from error
-    if source.text_field not in columns:
-        raise DataError(
-            f"{path}: no column '{source.text_field}' (columns are {', '.join(columns)}); set data.text_field"
-        )
+    wanted = [source.text_field] if source.template is None else [*fields_of(source.template), source.target_field]
+    for name in wanted:
+        if name not in columns:
+            raise DataError(f"{path}: no column '{name}' (columns are {', '.join(columns)}); set data.text_field")
     import datasets
 
     rows = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)

@@ -26,7 +26,8 @@ def fill_blanks(run_dir: Path, held_out: Sampler, count: int, device: torch.devi
     trained = load_trained(run_dir, device)
     result = []
     for language in LANGUAGES:
-        streams = [stream for stream in held_out.streams if stream.info.lang == language]
+        text = [stream for stream in held_out.streams if isinstance(stream, Stream)]
+        streams = [stream for stream in text if stream.info.lang == language]
         for number in range(count if streams else 0):
             generator = np.random.default_rng(mix(held_out.seed, 11, number, LANGUAGES.index(language)))
             stream = streams[int(generator.integers(len(streams)))]

@@ -1,0 +1,165 @@
+"""Instruction examples: pairs of a prompt and an answer, packed into sequences.
+
+A source with a template (data_prep/templates.py) becomes a stream of examples; in its shards a document is two
+sequences, prompt and answer, without an eod. As a sample, each example is a segment of its own:
+
+    prompt [MASK] | sop answer        targets: answer eop; nothing else is a target
+
+which is the multi-task instruction of GLM-130B (arXiv 2210.02414, section 2.2) and, with [gMASK], the format that
+ChatGLM is tuned in.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_prep.manifest import StreamInfo
+from data_prep.shards import Shard
+
+WINDOW = 1024
+"""Neighbouring examples among which those that fit together are looked for."""
+
+
+class Example(NamedTuple):
+    """One example, cut to fit a sequence."""
+
+    prompt: NDArray[np.int64]  # [P]
+    answer: NDArray[np.int64]  # [A]
+    whole: bool
+    """Whether the answer is complete: only then does eop follow it."""
+
+    @property
+    def slots(self) -> int:
+        """Slots it fills: prompt, mask, sop and answer (the last token of a cut answer is a target only)."""
+        return len(self.prompt) + len(self.answer) + 1 + self.whole
+
+
+def fit(
+    prompts: NDArray[np.int64], answers: NDArray[np.int64], slots: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens of prompt and answer that are kept in a sequence of `slots`, for many examples; int64 [N] each.
+
+    The prompt is cut at its end so that the whole answer fits, but never under a quarter of the sequence; an answer
+    that still does not fit is cut then (GLM-130B's rule: the head of the text is kept).
+    """
+    prompts = np.minimum(prompts, np.maximum(slots // 4, slots - 2 - answers))
+    return prompts, np.where(prompts + answers + 2 <= slots, answers, slots - 1 - prompts)
+
+
+def pack(sizes: NDArray[np.int64], slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which examples share a sequence: order int64 [N] and edges int64 [packs + 1].
+
+    Pack p is order[edges[p] : edges[p + 1]].
+    Best fit decreasing (Johnson 1973) in windows of `WINDOW` neighbours: larger ones first, each into the pack where
+    it leaves the least room. A pure function of the sizes, so nothing about it is stored. sizes: at most `slots` each.
+    """
+    order: list[int] = []
+    edges = [0]
+    for start in range(0, len(sizes), WINDOW):
+        part = sizes[start : start + WINDOW]
+        packs: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # (free slots, pack), sorted
+        for number in np.argsort(-part, kind="stable").tolist():
+            size = int(part[number])
+            at = bisect_left(rooms, (size, -1))
+            if at < len(rooms):
+                room, chosen = rooms.pop(at)
+                packs[chosen].append(start + number)
+            else:
+                room, chosen = slots, len(packs)
+                packs.append([start + number])
+            insort(rooms, (room - size, chosen))
+        for members in packs:
+            order += members
+            edges.append(len(order))
+    return np.array(order, dtype=np.int64), np.array(edges, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How well the examples of a stream fill its sequences."""
+
+    examples: int
+    packs: int
+    fill: float
+    """Part of the slots that hold something."""
+    targets: int
+    """Targets over all packs, eops included."""
+    ends: int
+    """Examples with a whole answer."""
+    cut_prompts: int
+
+
+class InstructionStream:
+    """The examples of one source in one language and one split, packed for one sequence length.
+
+    A row is a pack: an epoch goes through every example once.
+    """
+
+    def __init__(self, info: StreamInfo, shards: list[Shard], slots: int) -> None:
+        """slots: sequence_length."""
+        self.info = info
+        self.shards = shards
+        self.slots = slots
+        self._documents = np.cumsum([shard.documents for shard in shards], dtype=np.int64)
+        self.hash = xxhash.xxh3_64_intdigest(info.key.encode())
+        """As `Stream.hash`."""
+
+    @property
+    def key(self) -> str:
+        """`<source>.<lang>`."""
+        return self.info.key
+
+    @property
+    def rows(self) -> int:
+        """Packs."""
+        return len(self._packs[1]) - 1
+
+    @property
+    def unused_tokens(self) -> int:
+        """Tokens cut off because their example is longer than a sequence."""
+        tokens, prompts, answers = self._sizes
+        return int(tokens.sum() - prompts.sum() - answers.sum())
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How well the sequences are filled."""
+        tokens, prompts, answers = self._sizes
+        whole = answers == tokens[:, 1]
+        return Packing(
+            examples=len(tokens),
+            packs=self.rows,
+            fill=float((prompts + answers + 1 + whole).sum()) / max(1, self.rows * self.slots),
+            targets=int((answers + whole).sum()),
+            ends=int(whole.sum()),
+            cut_prompts=int((prompts < tokens[:, 0]).sum()),
+        )
+
+    def examples(self, row: int) -> list[Example]:
+        """The examples of a pack."""
+        order, edges = self._packs
+        return [self._example(int(number)) for number in order[edges[row] : edges[row + 1]]]
+
+    def _example(self, number: int) -> Example:
+        at = int(np.searchsorted(self._documents, number, side="right"))
+        within = number - (int(self._documents[at - 1]) if at else 0)
+        prompt, answer = self.shards[at].document(2 * within), self.shards[at].document(2 * within + 1)
+        _, prompts, answers = self._sizes
+        return Example(prompt[: prompts[number]], answer[: answers[number]], bool(answers[number] == len(answer)))
+
+    @cached_property
+    def _sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens of prompt and answer [N, 2], and what is kept of each [N], [N]."""
+        sizes = [np.asarray(shard.sizes(), dtype=np.int64).reshape(-1, 2) for shard in self.shards]
+        tokens = np.concatenate(sizes) if sizes else np.zeros((0, 2), dtype=np.int64)
+        return tokens, *fit(tokens[:, 0], tokens[:, 1], self.slots)
+
+    @cached_property
+    def _packs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        tokens, prompts, answers = self._sizes
+        return pack(prompts + answers + 1 + (answers == tokens[:, 1]), self.slots)
