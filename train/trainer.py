@@ -30,6 +30,7 @@ from train.config import Config
 from train.engine import Engine, StepNumbers, StepResult
 from train.fills import fill_blanks
 from train.fragments import adam_steps
+from train.heartbeat import Heartbeat
 from train.mesh import Mesh
 from train.model.build import DTYPES, operations
 from train.observers import MetricsObserver, Observer, ProgressObserver
@@ -49,6 +50,7 @@ def main(config: Config) -> int:
 
     Raises ConfigError, DataError, RunFailed, and Stopped after a save that a signal asked for.
     """
+    heart = Heartbeat(config.run_dir, backend.global_rank())
     rules.check(config, world_size=backend.world_size())
     dataset = Dataset.open(config.data.path)
     rules.check_vocabulary(config, dataset.tokenizer.vocab_size)
@@ -56,10 +58,12 @@ def main(config: Config) -> int:
     logging.basicConfig(level=logging.INFO if backend.global_rank() == 0 else logging.ERROR, format="%(message)s")
     # A kernel that cannot run here is a setting like another: found before a run folder is made.
     operations(config, backend.device(), DTYPES[config.precision.dtype])
+    heart.now("rendezvous")
     backend.start()
     try:
-        Trainer(config, dataset, backend.make_mesh(config)).run()
+        Trainer(config, dataset, backend.make_mesh(config), heart).run()
     finally:
+        heart.close()
         backend.stop()
     return 0
 
@@ -67,8 +71,8 @@ def main(config: Config) -> int:
 class Trainer:
     """One attempt of one run."""
 
-    def __init__(self, config: Config, dataset: Dataset, mesh: Mesh) -> None:
-        self.config, self.dataset, self.mesh = config, dataset, mesh
+    def __init__(self, config: Config, dataset: Dataset, mesh: Mesh, heart: Heartbeat) -> None:
+        self.config, self.dataset, self.mesh, self.heart = config, dataset, mesh, heart
         self.run_dir = Path(config.run_dir)
         self.yaml = as_yaml(config)
         self.step = 0
@@ -86,6 +90,7 @@ class Trainer:
     def run(self) -> None:
         """Everything from start-up to the report."""
         self.folder = on_rank_zero(self.mesh, lambda: RunFolder.open(self.run_dir, resume=self.config.resume.enabled))
+        self.heart.start()
         self.observers: list[Observer] = []
         status = "failed"
         try:
@@ -115,6 +120,7 @@ class Trainer:
         for global_batch in self._micro_batches():
             consumed = self.plan.advance(self.consumed_samples, len(global_batch) * self._samples_a_round)
             lr = learning_rate(self.config.schedule, self.config.optimizer.lr, consumed)
+            self.heart.now("step")
             try:
                 result = self.engine.step(global_batch, lr, embedding_shrink(self.config, self.consumed_samples))
             except RunFailed as error:
@@ -134,6 +140,7 @@ class Trainer:
                 self._save()
             # The next step's time starts here: validation and saving are not part of it.
             clock = time.perf_counter()
+            self.heart.now("data", self.step)
             if any_rank(self.mesh, self.stop.name is not None):
                 return
         if self.step > first_step and self._validated_step != self.step:
@@ -141,9 +148,13 @@ class Trainer:
 
     def _start(self) -> None:
         config = self.config
+        self.heart.now("checkpoint")
         found = starting_point(config, self.mesh, self.dataset, self.yaml)
+        self.heart.now("engine")
         self.engine = Engine.start(config, self.mesh)
+        self.heart.now("checkpoint")
         self._resume(found)
+        self.heart.now("data", self.step)
         self.sampler = Sampler(
             self.dataset,
             config.data.sampling,
@@ -258,6 +269,7 @@ class Trainer:
 
     def _read_pending(self) -> None:
         """Fetch the numbers of the steps since the last time, and hand them on. Raises RunFailed at a NaN."""
+        self.heart.now("read", self.step)
         pending, self._pending = self._pending, []
         clock = time.perf_counter()
         numbers = self.engine.read([result for _, result in pending])
@@ -309,6 +321,7 @@ class Trainer:
     def _validate(self) -> None:
         if not self.config.evaluation.every_steps:
             return
+        self.heart.now("validate")
         record = {"step": self.step, "consumed_samples": self.consumed_samples, **self.validation.run()}
         self._validated_step = self.step
         for observer in self.observers:
@@ -316,6 +329,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._read_pending()
+        self.heart.now("save")
         on_rank_zero(self.mesh, lambda: self.folder.flush() if self.folder is not None else None)
         state = {
             "step": self.step,

@@ -1,0 +1,96 @@
+"""What a rank says of itself: phases, start-up, the collective it stands in, stacks on a signal, a full disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+
+from tests.conftest import ROOT
+from train import heartbeat
+from train.heartbeat import Heartbeat, read_beat, read_beats, stack_file
+
+IN_COLLECTIVE = """
+import os, sys, threading, time
+import torch.distributed as dist
+from train.heartbeat import Heartbeat
+heart = Heartbeat(sys.argv[1], 0)
+heart.start()
+heart.now("step", 7)
+store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
+dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+print("ready", flush=True)
+def waits_in_torch():
+    dist.distributed_c10d.recv(__import__("torch").ones(1), src=0)
+dist.distributed_c10d._check_single_tensor = lambda *a: time.sleep(60)
+waits_in_torch()
+"""
+
+
+def until(condition, seconds: float = 20.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found
+    return found
+
+
+@pytest.mark.unit
+def test_phases_steps_and_start_up(tmp_path):
+    heart = Heartbeat(tmp_path, 3)
+    for phase in ("rendezvous", "engine", "data", "step"):
+        heart.now(phase)
+    assert heart.startup == {}
+    heart.now("data", 1)
+    assert list(heart.startup) == ["imports", "rendezvous", "engine", "data", "step"]
+    assert heart.startup["imports"] > 0
+    assert not (tmp_path / "heartbeat").exists()
+    heart.start()
+    beat = read_beat(tmp_path, 3)
+    assert beat is not None
+    assert (beat.step, beat.phase, beat.collective, beat.pid) == (1, "data", None, os.getpid())
+    assert beat.startup == heart.startup
+    heart.close()
+    assert read_beats(tmp_path)[3].phase == "ended"
+
+
+@pytest.mark.unit
+def test_a_full_disk_neither_stops_the_rank_nor_silences_it(tmp_path):
+    heart = Heartbeat(tmp_path, 0)
+    heart.start()
+    size = heartbeat.beat_file(tmp_path, 0).stat().st_size
+    with mock.patch("os.pwrite", side_effect=OSError(28, "No space left on device")):
+        heart._beat()
+    heart.now("save", 10**9)
+    heart._beat()
+    assert heartbeat.beat_file(tmp_path, 0).stat().st_size == size, "written in place, it needs no space"
+    heart.close()
+    (tmp_path / "a file").write_text("")
+    Heartbeat(tmp_path / "a file", 0).start()
+
+
+@pytest.mark.distributed
+def test_the_collective_and_the_stacks_of_a_rank_that_waits(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", IN_COLLECTIVE, str(tmp_path)], cwd=ROOT)
+    try:
+        beat = until(lambda: (found := read_beat(tmp_path, 0)) and found.collective and found)
+        assert (beat.step, beat.phase, beat.pid) == (7, "step", process.pid)
+        assert beat.collective.startswith("recv")
+        os.kill(process.pid, signal.SIGUSR1)
+        text = until(lambda: stack_file(tmp_path, 0).read_text())
+        assert "in waits_in_torch" in text
+        assert "in recv" in text
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.unit
+def test_time_outside_collectives_is_a_rank_s_own(tmp_path):
+    heart = Heartbeat(tmp_path, 0)
+    heart._window.extend([(10, 5.0), (20, 9.0)])
+    assert heart._own_seconds() == pytest.approx(0.4)
