@@ -38,7 +38,17 @@ from data_prep.errors import (
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 VALUE_KEYS = frozenset(
-    {"data.path", "data.sources", "run_dir", "checkpoint", "text", "output", "initialize_from", "tokenizer.path"}
+    {
+        "data.path",
+        "data.sources",
+        "run_dir",
+        "checkpoint",
+        "text",
+        "input",
+        "output",
+        "initialize_from",
+        "tokenizer.path",
+    }
 )
 """Keys whose values are paths or free text: quoted before Hydra sees them. `data.sources` is a list of such."""
 

@@ -12,6 +12,7 @@ Addresses:
             element = position · hidden + column               for hidden sites,
                       (head · queries + query) · keys + key    for attention, the head counted before sharding
   normals   block = index >> 2, word = index & 3, counter = (block low, block high, 0, 0), index in the full tensor
+  uniforms  first word, counter = (index low, index high, sample low, sample high)
 """
 
 from __future__ import annotations
@@ -129,6 +130,12 @@ def drop_hidden(x: Tensor, dropout: Dropout | None) -> Tensor:
         raise ValueError(f"dropout: x has shape {list(x.shape)}; expected [batch, positions, hidden]")
     require_shape("dropout", "sample_index", dropout.sample_index, (x.shape[0],))
     return x * (keep_hidden(dropout, x.shape[1], x.shape[2]).to(x.dtype) * dropout.scale)
+
+
+def addressed_uniform(key: int, indices: Tensor, samples: Tensor) -> Tensor:
+    """One uniform deviate in (0, 1) for each (index, sample), float64; both int64 and ≥ 0, broadcast together."""
+    words = philox(key, indices & MASK32, indices >> 32, samples & MASK32, samples >> 32)
+    return (words[0].to(torch.float64) + 0.5) * 2.0**-32
 
 
 def _normal_block(key: int, block: Tensor) -> Tensor:

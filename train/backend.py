@@ -133,6 +133,13 @@ def make_mesh(config: Config) -> Mesh:
     )
 
 
+def tensor_mesh() -> Mesh:
+    """All ranks as one tensor-parallel group, for a model that is only used."""
+    config = Config()
+    config.parallel.tensor_parallel = world_size()
+    return make_mesh(config)
+
+
 def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[Any, Model]:
     """DeepSpeed's plain engine over the whole model, for one stage and ZeRO 0 to 3.
 

@@ -1,130 +1,127 @@
 """Filling blanks with a trained model, in the form that it was trained on.
 
 The context with its masks comes first and sees all of itself. Each blank is then written behind it: sop at the mask's
-position, one token at a time, until eop ([MASK], [sMASK]) or the length limit ([gMASK], whose training targets have no
-end). Later blanks see earlier ones. Each token runs the whole sequence again; there is no key-value cache here.
+position, one token at a time, until eop ([MASK], [sMASK]), eod ([gMASK], whose training targets have no eop) or the
+length limit. Later blanks see earlier ones. A causal model has no masks: its text goes on at a [gMASK] at the end.
+
+Several texts of different lengths run side by side over one key-value cache (`train.decoder`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from data_prep.errors import ConfigError
 from data_prep.tokenizer import Tokenizer
+from train.beams import OnToken, search
+from train.decoder import Decoder
+from train.forms import Form
 from train.model.build import Model
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are picked. temperature 0: the likeliest; above: drawn from softmax(logits / temperature)."""
-
-    max_new_tokens: int = 32
-    temperature: float = 0.0
-    seed: int = 0
+from train.picking import Decoding, allow, pick
 
 
 def fill(model: Model, tokenizer: Tokenizer, context: Sequence[int], decoding: Decoding) -> list[list[int]]:
-    """Tokens for each mask of a context, in the order of the masks.
+    """Tokens for each mask of one context, in the order of the masks; see `fill_all`."""
+    return fill_all(model, tokenizer, [context], decoding)[0]
 
-    context: token ids holding [MASK], [sMASK] or [gMASK]. Raises ConfigError where there is none, or where context and
-    blanks do not fit the model's positions.
+
+def fill_all(
+    model: Model,
+    tokenizer: Tokenizer,
+    contexts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    causal: bool = False,
+    numbers: Sequence[int] | None = None,
+    on_token: OnToken | None = None,
+) -> list[list[list[int]]]:
+    """Tokens for each mask of each context, decoded as one batch.
+
+    contexts: token ids holding [MASK], [sMASK] or [gMASK]. numbers: of the contexts, which address their draws and name
+    them to `on_token`; null counts from 0. Raises ConfigError where one holds no mask, or where context and blanks do
+    not fit the model's positions.
     """
-    masks = [place for place, token in enumerate(context) if token in _masks(tokenizer)]
-    if not masks:
-        raise ConfigError("text holds no [MASK], [sMASK] or [gMASK] to fill")
-    limit = model.context.model.max_positions
-    if len(context) + len(masks) * (decoding.max_new_tokens + 1) > limit:
-        raise ConfigError(
-            f"the text's {len(context)} tokens and {len(masks)} blanks of max_new_tokens={decoding.max_new_tokens} do "
-            f"not fit the model's {limit} positions; shorten one of them"
-        )
-    generator = torch.Generator().manual_seed(decoding.seed)
-    sequence = _Sequence(model, tokenizer, context)
-    filled = []
-    for place in masks:
-        endless = context[place] == tokenizer.gmask
-        sequence.begin(place, endless)
-        written: list[int] = []
-        while len(written) < decoding.max_new_tokens:
-            token = _pick(sequence.scores(endless), decoding, generator)
-            if token in (tokenizer.eop, tokenizer.eod):
-                break
-            written.append(token)
-            sequence.append(token)
-        filled.append(written)
-    return filled
+    forms = [Form.of(context, tokenizer, model.context.model, causal=causal) for context in contexts]
+    for form in forms:
+        form.check(decoding.max_new_tokens, model.context.model.max_positions)
+    numbers = range(len(forms)) if numbers is None else numbers
+    if decoding.beams > 1:
+        pairs = zip(numbers, forms, strict=True)
+        return [search(model, tokenizer, form, decoding, text, on_token) for text, form in pairs]
+    # A row that is done goes on being fed until the last one is: room for that, too.
+    slots = max(len(form.context) for form in forms)
+    slots += max(len(form.openings) for form in forms) * (decoding.max_new_tokens + 1)
+    decoder = Decoder(model, len(forms), slots, compiled=decoding.compiled)
+    decoder.begin([form.context for form in forms], causal=causal)
+    writers = [_Writer(form, decoding.max_new_tokens) for form in forms]
+    texts = torch.tensor(list(numbers), device=decoder.device)
+    while not all(writer.done for writer in writers):
+        inputs = [writer.feed() for writer in writers]
+        logits = decoder.step(torch.tensor([token for token, _ in inputs]), torch.tensor([at for _, at in inputs]))
+        allow(logits, tokenizer, torch.tensor([writer.stop for writer in writers], device=logits.device))
+        drawn = torch.tensor([writer.drawn for writer in writers], device=logits.device)
+        for number, token in enumerate(pick(logits, decoding, texts, drawn).tolist()):
+            blank = writers[number].blank
+            news = writers[number].take(token)
+            if news is not None and on_token is not None:
+                on_token(numbers[number], blank, writers[number].written[blank], news)
+    return [writer.written for writer in writers]
 
 
-def log_probability(model: Model, tokenizer: Tokenizer, context: Sequence[int], truth: Sequence[int]) -> float:
-    """Natural log of the probability that the context's first mask is filled with `truth`, its eop not counted."""
-    sequence = _Sequence(model, tokenizer, context)
-    place = next(place for place, token in enumerate(context) if token in _masks(tokenizer))
-    sequence.begin(place, context[place] == tokenizer.gmask)
-    for token in truth[:-1]:
-        sequence.append(token)
-    logits = model.head.logits(sequence.hidden())[0, -len(truth) :]  # type: ignore[union-attr]
-    chosen = torch.log_softmax(logits, -1)[torch.arange(len(truth)), torch.tensor(list(truth))]
-    return float(chosen.sum())
+@dataclass
+class _Writer:
+    """Where one text stands. Slot 0 of a blank is its opening, slot i the i-th token written."""
 
+    form: Form
+    limit: int
+    written: list[list[int]] = field(default_factory=lambda: [[]])
+    """Tokens of each blank begun so far."""
+    fed: int = 0
+    """Slots of the present blank that went into the model."""
+    drawn: int = 0
+    done: bool = False
 
-class _Sequence:
-    """A context and what has been written behind it, with positions and intervals."""
+    @property
+    def blank(self) -> int:
+        """Number of the present blank."""
+        return len(self.written) - 1
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, context: Sequence[int]) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._two_dimensional = model.context.model.positions in ("rotary_2d", "learned_2d")
-        self._context = len(context)
-        self._tokens = list(context)
-        self._positions = [(place, 0) for place in range(len(context))]
+    @property
+    def stop(self) -> int:
+        """The token that may end the blank now, or −1."""
+        opening = self.form.openings[self.blank]
+        return opening.stop if len(self.written[-1]) >= opening.least else -1
 
-    def begin(self, place: int, endless: bool) -> None:
-        """Start the blank whose mask stands at `place` of the context."""
-        self._place, self._endless, self._written = place, endless, 0
-        self.append(self._tokenizer.sop)
+    def feed(self) -> tuple[int, tuple[int, int]]:
+        """The next token to run, and its positions; anything once the text is done."""
+        if self.done:
+            return 0, (0, 0)
+        opening = self.form.openings[self.blank]
+        token = self.written[-1][self.fed - 1] if self.fed else opening.first
+        self.fed += 1
+        return token, opening.position(self.fed - 1)
 
-    def append(self, token: int) -> None:
-        """Write one token of the current blank."""
-        place = self._place
-        if self._endless and not self._two_dimensional:
-            # A [gMASK] target simply counts on behind the context.
-            place = self._context + self._written
-        self._written += 1
-        self._tokens.append(token)
-        self._positions.append((place, self._written if self._two_dimensional else 0))
+    def take(self, token: int) -> bool | None:
+        """What the model says follows the last feed. Returns whether the blank is now whole; None: nothing was asked.
 
-    def hidden(self) -> Tensor:
-        """Final hidden states [1, slots, hidden]."""
-        device, slots = self._model.context.mesh.device, len(self._tokens)
-        upto = torch.arange(slots) + 1
-        upto[: self._context] = self._context
-        positions = torch.tensor(self._positions).T
-        meta = torch.stack([positions[0], positions[1], torch.zeros_like(upto), upto])[None]
-        state = torch.tensor([self._tokens]), meta, torch.zeros(1, dtype=torch.int64)
-        with torch.no_grad():
-            hidden: Tensor = self._model(tuple(tensor.to(device) for tensor in state))
-        return hidden
-
-    def scores(self, endless: bool) -> Tensor:
-        """Logits of the next token on the CPU, with everything that cannot be text at −inf.
-
-        A [MASK] or [sMASK] hides at least one token, so its end is not offered first.
+        A full blank's last token is run too, for the blanks behind it, but what follows it is not asked.
         """
-        logits = self._model.head.logits(self.hidden()[:, -1:])[0, 0].cpu()  # type: ignore[union-attr]
-        stop = self._tokenizer.eod if endless else self._tokenizer.eop
-        end = logits[stop].clone()
-        logits[self._tokenizer.mask :] = -torch.inf  # specials stand behind all pieces, padding behind them
-        if endless or self._written > 1:
-            logits[stop] = end
-        return logits
+        written, last = self.written[-1], self.blank == len(self.form.openings) - 1
+        if self.done:
+            return None
+        if len(written) == self.limit:
+            self._begin()
+            return None
+        self.drawn += 1
+        ended = token == self.form.openings[self.blank].stop
+        if not ended:
+            written.append(token)
+        whole = ended or len(written) == self.limit
+        self.done = whole and last
+        if ended and not last:
+            self._begin()
+        return whole
 
-
-def _masks(tokenizer: Tokenizer) -> tuple[int, int, int]:
-    return tokenizer.mask, tokenizer.smask, tokenizer.gmask
-
-
-def _pick(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> int:
-    if decoding.temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits / decoding.temperature, -1), 1, generator=generator))
+    def _begin(self) -> None:
+        self.written.append([])
+        self.fed = 0

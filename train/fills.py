@@ -9,8 +9,10 @@ import torch
 from data_prep.dataset import Stream
 from data_prep.order import mix
 from data_prep.samples import Sampler
-from train.blanks import Decoding, fill, log_probability
+from train.blanks import fill
 from train.checkpoint.model import Trained, load_trained
+from train.picking import Decoding
+from train.scoring import log_probability
 
 CONTEXT_TOKENS = 48
 """Text on either side of a blank."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from data_prep.dataset import Dataset
 from data_prep.errors import EXIT_CONFIG, EXIT_DATA, ConfigError
 from data_prep.samples import Sampler
 from train import generate
-from train.blanks import Decoding, fill, log_probability
+from train.blanks import fill
 from train.checkpoint.model import Trained, load_trained
 from train.config import Config, ModelConfig
 from train.generate import GenerateConfig, complete
 from train.labels import inputs
 from train.mesh import Mesh
 from train.model.build import Model
+from train.picking import Decoding
+from train.scoring import log_probability
 
 pytestmark = pytest.mark.unit
 
@@ -140,7 +143,7 @@ def test_a_piece_brings_its_own_space():
 
     config = Config()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "fill", lambda *_: [[1], [2]])
+        patch.setattr(generate, "fill_all", lambda *_, **__: [[[1], [2]]])
         for words, wanted in ((" old", "the old man, [a] old"), ("", "the  man, [a] "), ("x", "thex man, [a]x")):
             stub = Trained(None, Stub(words), config, Path())  # type: ignore[arg-type]
             assert complete(stub, "the [MASK] man, [a] [gMASK]", Decoding())[0] == wanted
@@ -162,6 +165,33 @@ def test_the_real_command_line_keeps_every_character(command, tiny_run, tmp_path
     assert Path(record["checkpoint"]).name == "step_00000040"
 
 
+def test_a_file_of_texts_is_completed_in_its_order(trained, capsys, tmp_path):
+    texts = ["今天天气[MASK]，我们去公园。", "The old man[gMASK]", "他说：[MASK]。", "[sMASK]"]
+    lines, plain, output = tmp_path / "文本.jsonl", tmp_path / "texts.txt", tmp_path / "out.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    plain.write_text("\n".join(texts), encoding="utf-8")
+    said = []
+    for file in (lines, plain):
+        words = [f"input={file}", "batch_size=3", "max_new_tokens=4", "temperature=1", "top_k=20", f"output={output}"]
+        assert run(f"checkpoint={trained.folder}", *words) == 0
+        said.append(capsys.readouterr().out)
+        records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        assert [record["text"] for record in records] == texts
+        assert said[-1] == "".join(record["filled"] + "\n" for record in records)
+    assert said[0] == said[1]
+    lines.write_text('{"text": "[MASK]"}\n{"text": "none"}\n', encoding="utf-8")
+    assert run(f"checkpoint={trained.folder}", f"input={lines}") == EXIT_CONFIG
+    assert "line 2: holds no [MASK]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_share_the_model(command, tiny_run):
+    words = [f"checkpoint={tiny_run}", "text=今天[MASK]，[gMASK]", "max_new_tokens=4"]
+    alone = command("train.generate", *words).stdout
+    assert command("torch.distributed.run", "--nproc-per-node=2", "-m", "train.generate", *words).stdout == alone
+
+
 def test_blanks_are_marked_on_a_terminal_only(trained, capsys, monkeypatch):
     text = "今天[MASK]，[b]我们[/b]去公园。[gMASK]"
     words = [f"checkpoint={trained.folder}", f"text={text}", "max_new_tokens=3"]
@@ -175,7 +205,9 @@ def test_blanks_are_marked_on_a_terminal_only(trained, capsys, monkeypatch):
     whole, blanks = complete(trained, text, Decoding(max_new_tokens=3))
     assert plain == whole + "\n"
     assert "[b]我们[/b]去公园。" in coloured
-    assert sum(len(blank.text) > 0 for blank in blanks) == coloured.count("\x1b[1;4;32m")
+    # The text grows from left to right, what the model writes marked: as many pieces as it came in.
+    assert coloured.count("\x1b[1;4;32m") >= sum(len(blank.text) > 0 for blank in blanks)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == whole + "\n"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +221,10 @@ def test_blanks_are_marked_on_a_terminal_only(trained, capsys, monkeypatch):
         (["text=" + "很长" * 80 + "[MASK]"], EXIT_CONFIG, "do not fit the model's 64 positions"),
         (["text=[MASK]", "temperature=-1"], EXIT_CONFIG, "temperature=-1.0 must be 0 or more"),
         (["text=[MASK]", "temperature=inf"], EXIT_CONFIG, "temperature=inf must be 0 or more"),
+        (["text=[MASK]", "beams=2", "temperature=1"], EXIT_CONFIG, "beams=2 and temperature=1.0 exclude each other"),
+        (["text=[MASK]", "top_p=0.5"], EXIT_CONFIG, "no effect with temperature=0"),
+        (["text=[MASK]", "input=texts.txt"], EXIT_CONFIG, "give text or input, not both"),
+        (["input=no/such/file.txt"], EXIT_DATA, "input=no/such/file.txt cannot be read"),
         (["text=[MASK]", "temprature=1"], EXIT_CONFIG, "temprature is not a known key; did you mean temperature?"),
         (["text=[MASK]", "checkpoint=no/such/run"], EXIT_DATA, "no/such/run holds no checkpoint"),
         (["text=[MASK]", "max_new_tokens=2", "output=/proc/no/where.json"], EXIT_DATA, "/proc/no"),

@@ -1,4 +1,4 @@
-"""A trained model in one process: from any checkpoint, whatever layout wrote it."""
+"""A trained model for use: from any checkpoint, whatever layout wrote it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from data_prep.cli import to_object
 from data_prep.errors import DataError
 from data_prep.tokenizer import Tokenizer
 from kernels.config import KernelsConfig
+from train import rules
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import damage, find
 from train.config import Config
@@ -28,25 +29,28 @@ class Trained:
     folder: Path
 
 
-def load_trained(path: str | Path, device: torch.device) -> Trained:
+def load_trained(path: str | Path, device: torch.device, mesh: Mesh | None = None) -> Trained:
     """The model of a run folder's newest whole checkpoint, or of one step's folder, on one device.
 
-    Reads the weights only, after their checksums. Raises DataError where the checkpoint is missing, damaged or another
-    model's.
+    mesh: ranks that share it by tensor parallelism; null means this process alone. Reads the weights only, after their
+    checksums. Raises DataError where the checkpoint is missing, damaged or another model's, ConfigError where the
+    model does not divide among the ranks.
     """
+    mesh = mesh or Mesh.single(device)
     folder = find(path)
     problem = damage(folder, parts=("model/", "tokenizer/", "config.yaml"))
     if problem is not None:
         raise DataError(f"{problem}; restore the file, or give another step's folder as checkpoint=")
     config = read_config(folder / "config.yaml")
-    config.parallel.tensor_parallel = config.parallel.pipeline_parallel = 1
+    config.parallel.tensor_parallel, config.parallel.pipeline_parallel = mesh.tensor, 1
     config.parallel.activation_checkpointing = "none"
     reader = PieceReader(folder, ("model",))
     dtype = DTYPES[config.precision.dtype]
     if device.type == "cpu":
         # What it was trained with may need an accelerator; here the references do the same sums.
         dtype, config.kernels = torch.float32, KernelsConfig()
-    model = Model(config, Mesh.single(device), dtype).eval()
+    rules.check(config)
+    model = Model(config, mesh, dtype).eval()
     with torch.no_grad():
         for layout, parameter in named_layouts(model.parameters()):
             parameter.data = reader.local("weight", layout).to(device, dtype)

@@ -5,6 +5,8 @@ Maths of the default: GLM-130B (arXiv 2210.02414, section 2.1), a post-norm laye
 residual comes from the norm's output; a layer takes the normalised input and returns the next layer's.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +15,13 @@ from kernels.random import Dropout, drop_hidden
 from train.model.context import Context, Norm, State, intervals
 from train.model.parameters import Layout
 from train.model.tensor_parallel import column_parallel, copy_to_ranks, row_parallel
+
+
+class Cache(Protocol):
+    """What attention asks of a key-value cache; see `train.model.cache`."""
+
+    def extend(self, key: Tensor, value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values at the slots `place`; returns those of all slots."""
 
 
 class Attention(nn.Module):
@@ -26,6 +35,8 @@ class Attention(nn.Module):
     def __init__(self, context: Context, layer: int) -> None:
         super().__init__()
         self.context, self.layer = context, layer
+        self.cache: Cache | None = None
+        """Set while `train.model.cache` is attached: keys and values of earlier slots."""
         model, dim, ranks = context.model, context.head_dim, context.mesh.tensor
         name = f"layers.{layer}.attention"
         self.heads = model.num_heads // ranks
@@ -68,6 +79,8 @@ class Attention(nn.Module):
         """x [B,S,H] -> the output product [B,S,H], its bias not yet added."""
         positions, attend_from, attend_to = intervals(meta)
         query, key, value = self._packed(x, positions) if self.packed else self._grouped(x, positions)
+        if self.cache is not None:
+            key, value = self.cache.extend(key, value, meta[:, 4])
         context = self.context
         out, _, _ = context.ops.attention(
             query,

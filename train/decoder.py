@@ -1,0 +1,93 @@
+"""A model with a key-value cache: give it contexts, then token after token.
+
+    decoder = Decoder(model, rows=2, slots=128)
+    decoder.begin([context_a, context_b])            # contexts of any length, each seeing all of itself
+    logits = decoder.step(tokens, positions)         # one token a row -> fp32 [rows, vocabulary]
+
+A step has the same shapes each time (tokens [rows, 1], the whole cache), so that with `compiled` it is one graph, on a
+GPU one CUDA graph. Tensor-parallel ranks call the same methods together and get the same logits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.model.build import Model
+from train.model.cache import KeyValueCache
+
+
+class Decoder:
+    """Rows of tokens that grow side by side."""
+
+    def __init__(
+        self, model: Model, rows: int, slots: int, *, compiled: bool = False, backend: str = "inductor"
+    ) -> None:
+        """slots: tokens that a row can hold, context and all. backend: torch.compile's, where `compiled` is set."""
+        assert model.head is not None
+        self.model, self.head, self.rows = model, model.head, rows
+        self.device = model.context.mesh.device
+        self.cache = KeyValueCache.empty(model, rows, slots)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        """Slots filled in each row."""
+        self._sample_index = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._forward: Callable[[Tensor, Tensor], Tensor] = self._logits
+        if compiled:
+            # What triton.cudagraphs needs is there: static shapes, static buffers, no work on the host.
+            graphs = backend == "inductor" and self.device.type != "cpu"
+            options: dict[str, Any] | None = {"triton.cudagraphs": True} if graphs else None
+            self._forward = torch.compile(self._logits, dynamic=False, fullgraph=True, backend=backend, options=options)
+
+    @torch.no_grad()
+    def begin(self, contexts: Sequence[Sequence[int]], *, causal: bool = False) -> None:
+        """Run the contexts, one a row. They see all of themselves, or with `causal` what precedes."""
+        longest = max(1, *(len(context) for context in contexts))
+        tokens = torch.zeros(self.rows, longest, dtype=torch.int64)
+        for row, context in enumerate(contexts):
+            tokens[row, : len(context)] = torch.tensor(context, dtype=torch.int64)
+        lengths = torch.tensor([len(context) for context in contexts], dtype=torch.int64)
+        place = torch.arange(longest).expand(self.rows, -1)
+        upto = place + 1 if causal else lengths[:, None].expand(-1, longest)
+        meta = torch.stack([place, torch.zeros_like(place), torch.zeros_like(place), upto, place], 1)
+        with self.cache.attached():
+            self.model((tokens.to(self.device), meta.to(self.device), self._sample_index))
+        self.lengths.copy_(lengths)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits of what follows one more token a row.
+
+        tokens: int64 [rows]. positions: int64 [rows, 2], as a batch has them. Returns fp32 [rows, padded vocabulary].
+        """
+        meta = self._meta(positions.to(self.device)[:, :, None])
+        with self.cache.attached():
+            logits = self._forward(tokens.to(self.device)[:, None], meta)
+        self.lengths += 1
+        return logits
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, positions: Tensor) -> None:
+        """Several more tokens a row, each seeing what precedes it. tokens: [rows, new], positions: [rows, 2, new]."""
+        with self.cache.attached():
+            meta = self._meta(positions.to(self.device))
+            self.model((tokens.to(self.device), meta, self._sample_index))
+        self.lengths += tokens.shape[1]
+
+    def cut(self, lengths: Tensor) -> None:
+        """Forget the slots from `lengths`, int64 [rows], on."""
+        self.lengths.copy_(lengths)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i goes on from what row rows[i] holds; rows: int64 [rows]."""
+        self.cache.reorder(rows)
+        self.lengths.copy_(self.lengths[rows])
+
+    def _meta(self, positions: Tensor) -> Tensor:
+        """int64 [rows, 5, new] of tokens that come after what is there."""
+        place = self.lengths[:, None] + torch.arange(positions.shape[2], device=self.device)
+        return torch.cat([positions, torch.stack([torch.zeros_like(place), place + 1, place], 1)], 1)
+
+    def _logits(self, tokens: Tensor, meta: Tensor) -> Tensor:
+        hidden = self.model((tokens, meta, self._sample_index))
+        return self.head.logits(hidden[:, -1])

@@ -1,0 +1,94 @@
+"""Keys and values of earlier slots, so that new tokens run alone.
+
+The buffers have a fixed size and every token says which slot it takes, so that a decoding step has static shapes: it
+can be compiled once, or captured as a CUDA graph. Intervals go on meaning what they mean in training, now over the
+slots of the buffer: a query sees the keys [attend_from, attend_to). What lies behind attend_to is never seen, so a slot
+that held padding may be taken by a later token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from train.model.build import Model
+from train.model.layers import Attention
+
+
+class LayerCache:
+    """One layer's buffers, [rows, slots, kv heads, head dim] each, in the compute dtype."""
+
+    def __init__(self, rows: int, slots: int) -> None:
+        self.rows, self.slots = rows, slots
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(self, key: Tensor, value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, [rows, new, kv heads, dim], at the slots `place`, int64 [rows, new].
+
+        Returns the whole buffers. They are made at the first call, when the heads on this rank are known.
+        """
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (part.new_zeros(self.rows, self.slots, *part.shape[2:]) for part in (key, value))
+            for buffer in (self.keys, self.values):
+                # CUDA graphs read and write the same memory at every step.
+                torch._dynamo.mark_static_address(buffer)
+        row = torch.arange(self.rows, device=place.device)[:, None]
+        self.keys[row, place] = key
+        self.values[row, place] = value
+        return self.keys, self.values
+
+    def spread(self, rows: Tensor, places: Tensor) -> "LayerCache":
+        """Another cache that holds copies of slots of this one: row i, slot j is (rows[i], places[i, j])."""
+        assert self.keys is not None
+        assert self.values is not None
+        other = LayerCache(*places.shape)
+        other.keys, other.values = self.keys[rows[:, None], places], self.values[rows[:, None], places]
+        return other
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was, in place; rows: int64 [rows]."""
+        for buffer in (self.keys, self.values):
+            if buffer is not None:
+                buffer.copy_(buffer.index_select(0, rows))
+
+
+class KeyValueCache:
+    """The buffers of all layers of a model on one device.
+
+    Inside `attached` the model stores and reads them: its meta then has a fifth row, the slot of each token.
+    """
+
+    def __init__(self, model: Model, layers: list[LayerCache]) -> None:
+        self._model, self.layers = model, layers
+
+    @staticmethod
+    def empty(model: Model, rows: int, slots: int) -> "KeyValueCache":
+        """A cache in which nothing is stored yet."""
+        return KeyValueCache(model, [LayerCache(rows, slots) for _ in _attentions(model)])
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The model's attention runs over this cache."""
+        attentions = _attentions(self._model)
+        for attention, layer in zip(attentions, self.layers, strict=True):
+            attention.cache = layer
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.cache = None
+
+    def spread(self, rows: Tensor, places: Tensor) -> "KeyValueCache":
+        """A cache of copied slots: row i, slot j is this one's (rows[i], places[i, j]); int64 [n], [n, slots]."""
+        return KeyValueCache(self._model, [layer.spread(rows, places) for layer in self.layers])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i of every layer becomes what row rows[i] was."""
+        for layer in self.layers:
+            layer.reorder(rows)
+
+
+def _attentions(model: Model) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
