@@ -109,8 +109,12 @@ def _recipe(config: PrepConfig, sources: list[Source], loaded: Tokenizer | None)
 
 def _reusable(folder: Path, recipe: dict[str, Any]) -> Manifest:
     manifest = Manifest.read(folder)
-    for key in sorted({*recipe, *manifest.recipe}):
-        ours, theirs = recipe.get(key), manifest.recipe.get(key)
+    # A folder made before a setting existed was made with its default.
+    before = {f"data.{name}": value for name, value in asdict(DataConfig()).items() if name not in _NOT_IN_RECIPE}
+    for key, value in manifest.recipe.items():
+        before[key] = {**asdict(Source("", ())), **value} if key.startswith("data.sources[") else value
+    for key in sorted({*recipe, *before}):
+        ours, theirs = recipe.get(key), before.get(key)
         if ours != theirs:
             raise ConfigError(
                 f"data.path={folder} holds data made with {key}={_short(theirs)}, now {_short(ours)}; "
