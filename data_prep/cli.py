@@ -45,12 +45,16 @@ VALUE_KEYS = frozenset(
         "checkpoint",
         "text",
         "input",
+        "tasks",
+        "task_details",
+        "evaluation.tasks",
         "output",
         "initialize_from",
         "tokenizer.path",
     }
 )
-"""Keys whose values are paths or free text: quoted before Hydra sees them. `data.sources` is a list of such."""
+"""Keys whose values are paths or free text: quoted before Hydra sees them. `LIST_KEYS` hold lists of such."""
+LIST_KEYS = frozenset({"data.sources", "tasks", "evaluation.tasks"})
 
 _QUIET = ["hydra.run.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
 _QUIET += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -197,7 +201,7 @@ def quote_values(words: Sequence[str], aliases: Mapping[str, str] | None = None)
 
 
 def _quoted(key: str, value: str) -> str:
-    if key == "data.sources":
+    if key in LIST_KEYS:
         return _quote_list(value)
     return _quote(value if key == "text" else _unquoted(value))
 

@@ -62,9 +62,8 @@ def _blank(decoder: Decoder, tokenizer: Tokenizer, opening: Opening, decoding: D
         fed = [beam.tokens[-1] if slot else opening.first for beam in alive]
         fed += [0] * (beams - len(alive))
         logits = decoder.step(torch.tensor(fed), torch.tensor([opening.position(slot)]).expand(beams, -1))
-        stop = opening.stop if slot >= opening.least else -1
         # Shares of what may follow: the rest is out of the question, as it is for a greedy pick.
-        allow(logits, tokenizer, torch.full((beams,), stop, device=logits.device))
+        allow(logits, tokenizer, torch.tensor([opening.stops_at(slot)] * beams, device=logits.device))
         scores = torch.log_softmax(logits[: len(alive)], -1).double()
         scores += torch.tensor([beam.log_probability for beam in alive], device=logits.device)[:, None]
         # One end a row at most, so that twice as many leave enough that go on.
@@ -75,7 +74,7 @@ def _blank(decoder: Decoder, tokenizer: Tokenizer, opening: Opening, decoding: D
             row, token = divmod(place, logits.shape[1])
             if value == float("-inf"):
                 break
-            if token == opening.stop:
+            if token in opening.stops:
                 # An end that is not among the best is no better than what goes on.
                 if rank < beams:
                     ended.append(Hypothesis(alive[row].tokens, value, True))

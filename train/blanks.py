@@ -1,8 +1,8 @@
 """Filling blanks with a trained model, in the form that it was trained on.
 
 The context with its masks comes first and sees all of itself. Each blank is then written behind it: sop at the mask's
-position, one token at a time, until eop ([MASK], [sMASK]), eod ([gMASK], whose training targets have no eop) or the
-length limit. Later blanks see earlier ones. A causal model has no masks: its text goes on at a [gMASK] at the end.
+position, one token at a time, until eop (behind a [gMASK] eod too) or the length limit. Later blanks see earlier ones.
+A causal model has no masks: its text goes on at a [gMASK] at the end.
 
 Several texts of different lengths run side by side over one key-value cache (`train.decoder`).
 """
@@ -58,7 +58,7 @@ def fill_all(
     while not all(writer.done for writer in writers):
         inputs = [writer.feed() for writer in writers]
         logits = decoder.step(torch.tensor([token for token, _ in inputs]), torch.tensor([at for _, at in inputs]))
-        allow(logits, tokenizer, torch.tensor([writer.stop for writer in writers], device=logits.device))
+        allow(logits, tokenizer, torch.tensor([writer.stops for writer in writers], device=logits.device))
         drawn = torch.tensor([writer.drawn for writer in writers], device=logits.device)
         for number, token in enumerate(pick(logits, decoding, texts, drawn).tolist()):
             blank = writers[number].blank
@@ -87,10 +87,9 @@ class _Writer:
         return len(self.written) - 1
 
     @property
-    def stop(self) -> int:
-        """The token that may end the blank now, or −1."""
-        opening = self.form.openings[self.blank]
-        return opening.stop if len(self.written[-1]) >= opening.least else -1
+    def stops(self) -> tuple[int, int]:
+        """Tokens that may end the blank now, −1 for none."""
+        return self.form.openings[self.blank].stops_at(len(self.written[-1]))
 
     def feed(self) -> tuple[int, tuple[int, int]]:
         """The next token to run, and its positions; anything once the text is done."""
@@ -113,7 +112,7 @@ class _Writer:
             self._begin()
             return None
         self.drawn += 1
-        ended = token == self.form.openings[self.blank].stop
+        ended = token in self.form.openings[self.blank].stops
         if not ended:
             written.append(token)
         whole = ended or len(written) == self.limit

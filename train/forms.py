@@ -17,9 +17,19 @@ class Opening:
     counts_on: bool
     """Positions go on behind the context (a 1D [gMASK], a causal text) in place of standing still at the mask."""
     two_dimensional: bool
-    stop: int
+    stops: tuple[int, int]
+    """Tokens that end it: eop behind a [MASK]; behind a [gMASK] eod, or eop where answers were trained with one."""
     least: int
     """Tokens written before the end is offered: a blank of training hides at least one, an open end may be empty."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether the blank's end is part of it: a [MASK] or [sMASK] is so long and no longer, an open end goes on."""
+        return self.least > 0
+
+    def stops_at(self, inside: int) -> tuple[int, int]:
+        """Tokens that may end it after `inside` tokens, −1 for none."""
+        return self.stops if inside >= self.least else (-1, -1)
 
     def position(self, inside: int) -> tuple[int, int]:
         """Both positions of slot `inside`, the first token's being 0."""
@@ -52,7 +62,7 @@ class Form:
                     "text: a model of data.sampling.objective=causal fills no blanks; write one [gMASK] at the end"
                 )
             before = [tokenizer.sop, *tokens[:-1]]
-            opening = Opening(before[-1], len(before) - 1, True, False, tokenizer.eod, 0)
+            opening = Opening(before[-1], len(before) - 1, True, False, (tokenizer.eod, tokenizer.eop), 0)
             return Form(before[:-1], [opening], causal=True)
         flat = model.positions not in ("rotary_2d", "learned_2d")
         openings = []
@@ -64,7 +74,7 @@ class Form:
                     place=len(tokens) if endless and flat else place,
                     counts_on=endless and flat,
                     two_dimensional=not flat,
-                    stop=tokenizer.eod if endless else tokenizer.eop,
+                    stops=(tokenizer.eod if endless else tokenizer.eop, tokenizer.eop),
                     least=0 if endless else 1,
                 )
             )

@@ -78,9 +78,9 @@ def pick(logits: Tensor, decoding: Decoding, texts: Tensor, drawn: Tensor) -> Te
 def allow(logits: Tensor, tokenizer: Tokenizer, stops: Tensor) -> None:
     """Set everything that cannot be text to −inf, in place.
 
-    logits: fp32 [rows, vocabulary]. stops: int64 [rows], the token that may end the row's blank, −1 for none.
+    logits: fp32 [rows, vocabulary]. stops: int64 [rows, 2], tokens that may end the row's blank, −1 for none.
     """
-    column = stops.clamp(min=0)[:, None]
+    column = stops.clamp(min=0)
     end = logits.gather(1, column)
     logits[:, tokenizer.mask :] = -torch.inf  # specials stand behind all pieces, padding behind them
-    logits.scatter_(1, column, torch.where(stops[:, None] >= 0, end, logits.gather(1, column)))
+    logits.scatter_(1, column, torch.where(stops >= 0, end, logits.gather(1, column)))

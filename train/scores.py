@@ -46,19 +46,29 @@ class Baseline:
             self.nats[group] += nat
             self.bytes[group] += size
 
+    def merge(self, other: "Baseline") -> None:
+        """Add another's counts."""
+        self.nats = [mine + theirs for mine, theirs in zip(self.nats, other.nats, strict=True)]
+        self.bytes = [mine + theirs for mine, theirs in zip(self.bytes, other.bytes, strict=True)]
+
+
+def total(sums: Sums, baseline: Baseline) -> dict[str, Any]:
+    """loss, perplexity, bits_per_byte, targets and unigram_loss over all groups."""
+    return _part(sums, baseline, lambda _: True)
+
 
 def summary(sums: Sums, baseline: Baseline) -> dict[str, Any]:
-    """loss, perplexity, bits_per_byte, targets, unigram_loss, by_language, by_kind and by_group of one evaluation."""
-    total = _part(sums, baseline, lambda _: True)
+    """`total`, and by_language, by_kind and by_group, of one evaluation."""
+    record = total(sums, baseline)
     groups = [g for g in all_groups() if sums[g][1]]
     names: dict[str, Callable[[int], str]] = {"language": group_language, "kind": group_kind, "group": group_name}
     for label, name in names.items():
         keys = sorted({name(g) for g in groups})
-        total[f"by_{label}"] = {
+        record[f"by_{label}"] = {
             key: _part(sums, baseline, lambda g, key=key, name=name: name(g) == key)  # type: ignore[misc]
             for key in keys
         }
-    return total
+    return record
 
 
 def _part(sums: Sums, baseline: Baseline, wanted: Callable[[int], bool]) -> dict[str, Any]:

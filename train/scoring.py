@@ -232,8 +232,8 @@ def _read(
 
 
 def _stops(opening: Opening, length: int) -> Tensor:
-    """The end that a greedy pick may write at each place of an answer, −1 for none."""
-    return torch.tensor([opening.stop if place >= opening.least else -1 for place in range(length)])
+    """The ends that a greedy pick may write at each place of an answer, int64 [length, 2]."""
+    return torch.tensor([opening.stops_at(place) for place in range(length)])
 
 
 def _judge(model: Model, tokenizer: Tokenizer, hidden: Tensor, targets: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ from data_prep.sources import BUNDLED
 from train import evaluate
 from train.checkpoint.model import Trained, load_trained
 from train.evaluate import EvaluateConfig
+from train.held_out import HeldOutConfig
+from train.held_out import held_out as open_held_out
 from train.labels import inputs
 
 pytestmark = pytest.mark.unit
@@ -57,7 +59,7 @@ def result(tmp_path: Path, *words: str) -> dict[str, Any]:
 
 
 def by_hand(trained: Trained, sampler: Sampler, samples: int) -> dict[str, dict[str, float]]:
-    """Nats, unigram nats, bytes and targets, added up target by target, in all and by language and kind."""
+    """Nats, unigram nats, bytes and targets, added up target by target, in all and by language, kind and source."""
     tokenizer = trained.tokenizer
     sums: dict[str, dict[str, float]] = {}
     for index in range(samples):
@@ -66,9 +68,10 @@ def by_hand(trained: Trained, sampler: Sampler, samples: int) -> dict[str, dict[
             scores = trained.model.head.logits(trained.model(inputs(batch)))[0].double()
         unigram = sampler.unigram_loss(batch)[0]
         group = int(batch.group[0])
+        domain = f"from {sampler.address(index).stream.info.name}"
         for slot in torch.nonzero(batch.loss_weight[0]).flatten().tolist():
             target = int(batch.targets[0, slot])
-            for name in ("all", group_language(group), group_kind(group)):
+            for name in ("all", group_language(group), group_kind(group), domain):
                 entry = sums.setdefault(name, {"nats": 0.0, "unigram": 0.0, "bytes": 0.0, "targets": 0.0})
                 entry["nats"] -= float(torch.log_softmax(scores[slot], -1)[target])
                 entry["unigram"] += float(unigram[slot])
@@ -84,7 +87,8 @@ def test_the_numbers_are_the_sums_by_hand(trained, tiny_dataset):
     for size in (1, 5, 32):
         record = evaluate.evaluate(trained, sampler, 13, size)
         found = {"all": record, **record["by_language"], **record["by_kind"]}
-        assert found.keys() == wanted.keys() == {"all", "zh", "en", "gmask", "mask"}
+        found |= {f"from {name}": part for name, part in record["by_domain"].items()}
+        assert found.keys() == wanted.keys() == {"all", "zh", "en", "gmask", "mask", "from zh", "from en"}
         for name, sums in wanted.items():
             assert found[name]["targets"] == sums["targets"]
             assert found[name]["loss"] == pytest.approx(sums["nats"] / sums["targets"], rel=1e-6)
@@ -207,8 +211,8 @@ def test_text_counts_are_all_tokens_of_the_text(trained, held_out, tmp_path):
     with evaluate.ExitStack() as stack:
         trained.config.data.path, before = str(tmp_path / "gone"), trained.config.data.path
         try:
-            config = EvaluateConfig(checkpoint="RUN", data=evaluate.HeldOutConfig(sources=[str(held_out)]))
-            sampler, _ = evaluate._held_out(config, trained, stack)
+            data = HeldOutConfig(sources=[str(held_out)])
+            sampler, _ = open_held_out(trained, data, "valid", stack)
         finally:
             trained.config.data.path = before
         counts = sampler.dataset.unigram_counts
