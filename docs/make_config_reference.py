@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from omegaconf import MISSING  # noqa: E402
 
+from launch.plan_config import PlannerConfig  # noqa: E402
 from train.config import CHOICES, Config  # noqa: E402
 
 TARGET = ROOT / "docs" / "config.md"
@@ -26,13 +27,13 @@ def reference() -> str:
     lines = [
         "# Every config key",
         "",
-        "Written by `make docs` from the schemas in `train/`, `data_prep/` and `kernels/`. Values come from",
+        "Written by `make docs` from the schemas in `train/`, `data_prep/`, `kernels/` and `launch/`. Values come from",
         "the files in `configs/`; the default below is what holds where none of them sets the key.",
-        "`python -m train … --cfg job` prints what a run would use.",
+        "`python -m train … --cfg job` prints what a run would use; `planner.*` belongs to `python -m launch.plan`.",
     ]
     groups = [(item.name, item.type) for item in dataclasses.fields(Config) if _is_group(item.type)]
     lines += _table("", Config)
-    for name, schema in groups:
+    for name, schema in [*groups, ("planner", PlannerConfig)]:
         lines += _table(f"{name}.", schema)
     return "\n".join(lines) + "\n"
 

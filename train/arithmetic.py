@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a model, from its config alone.
+"""Parameters and FLOPs of a model, from its config alone; `train/memory.py` goes on to bytes.
 
 Free of torch, so that the launcher and the planner import it. The layout is the trainer's:
 
@@ -15,7 +15,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from train.config import ModelConfig, ParallelConfig
+from train.config import ModelConfig
 
 GATED = ("geglu", "swiglu")
 """Activations whose first FFN matrix has two halves."""
@@ -143,41 +143,6 @@ def hardware_flops_per_token(model: ModelConfig, sequence_length: float, activat
 def _attention_flops(model: ModelConfig, sequence_length: float) -> float:
     # Two products (scores, values), 2 FLOPs a multiply-add, once forward and twice backward: 12 a pair and dimension.
     return 12.0 * model.num_layers * model.num_heads * head_dim(model) * sequence_length
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes of model state on one rank; activations, buffers and fragmentation come on top."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    """Master weights (half precision only) and both Adam moments, fp32."""
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer
-
-
-def model_state_bytes(
-    model: ModelConfig, parallel: ParallelConfig, *, data_parallel: int, dtype: str = "bf16", gradient_bytes: int = 0
-) -> StateBytes:
-    """Model state of the rank that holds most: 16 bytes a parameter in all, less what ZeRO divides.
-
-    dtype: `fp32`, `bf16` or `fp16` as in precision.dtype. gradient_bytes: size of an accumulated gradient; 0 means that
-    of a weight. ZeRO 1 divides the optimizer's states over the data-parallel ranks, 2 the gradients too, 3 the weights
-    too (ZeRO, arXiv 1910.02054, figure 1).
-    """
-    held = max(stage_parameters(model, parallel.pipeline_parallel, parallel.tensor_parallel))
-    weight_bytes = 4 if dtype == "fp32" else 2
-    optimizer_bytes = 8 if dtype == "fp32" else 12
-    shares = [_divide(held, data_parallel if parallel.zero_stage >= stage else 1) for stage in (3, 2, 1)]
-    return StateBytes(
-        weights=shares[0] * weight_bytes,
-        gradients=shares[1] * (gradient_bytes or weight_bytes),
-        optimizer=shares[2] * optimizer_bytes,
-    )
 
 
 def stage_parameters(model: ModelConfig, pipeline_parallel: int, tensor_parallel: int) -> list[int]:

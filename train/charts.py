@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no font, no file beside the page, colours by CSS variables.
+"""Line and bar charts as inline SVG: no script, no font, no file beside the page, colours by CSS variables.
 
 Everything is drawn in one small coordinate system (`WIDTH` × `HEIGHT`) that the browser scales, so the same chart reads
 on a phone and in two columns on a desk. The page's style sheet gives `--series-1` … and the text colours, which is
@@ -12,6 +12,8 @@ from html import escape
 
 WIDTH, HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 26
+_BAR, _NAMES, _VALUES = 20, 104, 44
+"""Height of a bar; room for the names to its left and the value to its right."""
 
 Point = tuple[float, float | None]
 """Step and value; None leaves a gap."""
@@ -31,10 +33,20 @@ class Series:
     """Whether the legend names it."""
 
 
-def line_chart(title: str, series: Sequence[Series], *, unit: str = "", note: str = "", log: bool = False) -> str:
-    """A figure with title, legend and axes; empty text where no series has a value. x is the step.
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    unit: str = "",
+    note: str = "",
+    log: bool = False,
+    x_name: str = "step",
+    log_x: bool = False,
+) -> str:
+    """A figure with title, legend and axes; empty text where no series has a value.
 
-    note: a few words under the title. log: logarithmic values, where all of them are positive.
+    note: a few words under the title. log: logarithmic values, where all of them are positive; log_x: the same across.
+    x_name: what x counts, in the words beside a dot.
     """
     drawn = [one for one in series if any(value is not None for _, value in one.points)]
     if not drawn:
@@ -42,19 +54,38 @@ def line_chart(title: str, series: Sequence[Series], *, unit: str = "", note: st
     values = [value for one in drawn for _, value in one.points if value is not None]
     log = log and min(values) > 0
     steps = [step for one in drawn for step, _ in one.points]
-    x_axis = _Axis.over(min(steps), max(steps), _LEFT, WIDTH - _RIGHT)
+    x_axis = _Axis.over(min(steps), max(steps), _LEFT, WIDTH - _RIGHT, log=log_x and min(steps) > 0)
     y_axis = _Axis.over(min(values), max(values), HEIGHT - _BOTTOM, _TOP, log=log, margin=0.06)
     parts = [_grid(x_axis, y_axis)]
-    parts += [_draw(one, x_axis, y_axis) for one in drawn]
+    parts += [_draw(one, x_axis, y_axis, x_name) for one in drawn]
     legend = "".join(
         f'<span class="key {one.style}" style="--key:{_color(one.color)}">{escape(one.name)}</span>'
         for one in drawn
         if one.legend
     )
+    return _figure(title, unit, note, f'<div class="legend">{legend}</div>', HEIGHT, parts)
+
+
+def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str = "", note: str = "") -> str:
+    """Horizontal bars from 0, each with its name and value; empty text where none is above 0."""
+    longest = max((value for _, value in bars), default=0.0)
+    if longest <= 0:
+        return ""
+    parts = []
+    for number, (name, value) in enumerate(bars):
+        y = _TOP + number * _BAR
+        width = max(0.0, value) / longest * (WIDTH - _RIGHT - _NAMES - _VALUES)
+        parts.append(f'<text x="{_NAMES - 8}" y="{y + 13:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect class="bar" x="{_NAMES}" y="{y + 3:.1f}" width="{width:.1f}" height="{_BAR - 8}"/>')
+        parts.append(f'<text x="{_NAMES + width + 6:.1f}" y="{y + 13:.1f}">{value:.3g}</text>')
+    return _figure(title, unit, note, "", _TOP + len(bars) * _BAR + 4, parts)
+
+
+def _figure(title: str, unit: str, note: str, legend: str, height: float, parts: Sequence[str]) -> str:
     heading = f"{escape(title)}" + (f' <span class="unit">{escape(unit)}</span>' if unit else "")
     description = f"<p>{escape(note)}</p>" if note else ""
-    caption = f'<figcaption><h3>{heading}</h3>{description}<div class="legend">{legend}</div></figcaption>'
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    caption = f"<figcaption><h3>{heading}</h3>{description}{legend}</figcaption>"
+    drawing = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return f'<figure class="chart">{caption}{drawing}</figure>'
 
 
@@ -137,7 +168,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
     return "".join(parts)
 
 
-def _draw(one: Series, x_axis: _Axis, y_axis: _Axis) -> str:
+def _draw(one: Series, x_axis: _Axis, y_axis: _Axis, x_name: str) -> str:
     path, pen = [], "M"
     dots = []
     for step, value in one.points:
@@ -148,7 +179,8 @@ def _draw(one: Series, x_axis: _Axis, y_axis: _Axis) -> str:
         path.append(f"{pen}{x:.1f} {y:.1f}")
         pen = "L"
         if one.style == "dots":
-            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"><title>step {step:g}: {value:.4g}</title></circle>')
+            words = f"{escape(x_name)} {step:g}: {value:.4g}"
+            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{words}</title></circle>')
     title = f"<title>{escape(one.name)}</title>"
     line = f'<path class="{one.style}" d="{"".join(path)}">{title}</path>'
     return f'<g style="--key:{_color(one.color)}">{line}{"".join(dots)}</g>'

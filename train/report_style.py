@@ -55,6 +55,7 @@ h3 { font-size: .92rem; font-weight: 600; margin: 0; }
 .chart path.faint { stroke-width: 1; opacity: .28; }
 .chart path.dashed { stroke-dasharray: 5 4; stroke-width: 1.4; }
 .chart path.dots { stroke-width: 1.2; opacity: .75; stroke-dasharray: 1 3; }
+.chart .bar { fill: var(--series-1); opacity: .85; }
 .chart circle { fill: var(--card); stroke: var(--key); stroke-width: 1.8; }
 .unit { color: var(--quiet); font-weight: 400; font-size: .8rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin-top: .25rem; }

@@ -14,12 +14,17 @@ def check(config: Config, *, world_size: int | None = None) -> None:
     for key, words in CHOICES.items():
         if get(config, key) not in words:
             raise ConfigError(f"{key}={get(config, key)!r} is not known; use one of {', '.join(words)}")
-    _model(config.model)
-    _parallel(config)
-    _batch(config)
+    check_shape(config)
     _numbers(config)
     if world_size is not None:
         check_world(config, world_size)
+
+
+def check_shape(config: Config) -> None:
+    """Rules of the model, its layout and its batch alone: what the planner tries. Raises ConfigError."""
+    _model(config.model)
+    _parallel(config)
+    _batch(config)
 
 
 def check_world(config: Config, world_size: int) -> None:

@@ -13,12 +13,11 @@ from train.arithmetic import (
     layers_per_stage,
     matmul_parameters,
     model_flops_utilization,
-    model_state_bytes,
     parameters,
     peak_flops,
     stage_parameters,
 )
-from train.config import ModelConfig, ParallelConfig
+from train.config import ModelConfig
 
 pytestmark = pytest.mark.unit
 
@@ -215,27 +214,6 @@ def test_stages_are_cut_where_the_model_cuts_them():
             sizes[0] -= 1
             sizes[-1] -= 1
             assert layers_per_stage(layers, stages) == sizes
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_training_state_is_sixteen_bytes_a_parameter(dtype):
-    one = ParallelConfig(zero_stage=0)
-    assert model_state_bytes(CHATGLM_6B, one, data_parallel=8, dtype=dtype).total == 16 * parameters(CHATGLM_6B).total
-
-
-def test_zero_divides_optimizer_then_gradients_then_weights():
-    # ZeRO's figure 1: 7.5 B parameters on 64 ranks take 120, 31.4, 16.6 and 1.9 GB.
-    psi = parameters(CHATGLM_6B).total
-    gigabytes = [
-        model_state_bytes(CHATGLM_6B, ParallelConfig(zero_stage=stage), data_parallel=64).total * 7.5e9 / psi / 1e9
-        for stage in range(4)
-    ]
-    assert gigabytes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
-
-
-def test_fp32_accumulation_takes_four_bytes_a_gradient():
-    state = model_state_bytes(CHATGLM_6B, ParallelConfig(), data_parallel=1, gradient_bytes=4)
-    assert state.gradients == 4 * parameters(CHATGLM_6B).total
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,204 @@
+"""Every layout of a model on a cluster: which ones the trainer takes, which fit, how long a step of each takes.
+
+The trainer's own rules decide what may be tried (`train/rules.py`); the rest is memory (`train/memory.py`) and time
+(`launch/plan_cost.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from data_prep.errors import ConfigError
+from launch.hardware import Hardware
+from launch.plan_cost import CostModel, Shares, StepSeconds
+from train.config import CHOICES, Config
+from train.memory import Memory, peak_memory, whole_micro_batches
+from train.rules import check_shape, check_world, divisors
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+FRAGMENTATION = 0.05
+"""Share of what comes and goes in a step that the allocator cannot use again."""
+RUNTIME_BYTES = 1.5 * 2**30
+"""Device context, compiled kernels and communication buffers of one rank."""
+
+Layout = tuple[int, int]
+"""Tensor- and pipeline-parallel size."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines of a plan."""
+
+    hardware: Hardware
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def world(self) -> int:
+        """All accelerators."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout with what it costs."""
+
+    config: Config
+    data_parallel: float
+    memory: Memory
+    step: StepSeconds | None
+    """None where the memory alone was asked for."""
+    fits: bool
+
+    @property
+    def layout(self) -> Layout:
+        """Tensor- and pipeline-parallel size."""
+        return self.config.parallel.tensor_parallel, self.config.parallel.pipeline_parallel
+
+    @property
+    def seconds(self) -> float:
+        """A step's."""
+        assert self.step is not None
+        return self.step.total
+
+    def describe(self) -> str:
+        """`TP 4 x PP 8 x DP 24, ZeRO 1, full recompute, micro-batch 1`."""
+        parallel = self.config.parallel
+        recompute = parallel.activation_checkpointing
+        return (
+            f"TP {parallel.tensor_parallel} x PP {parallel.pipeline_parallel} x DP {self.data_parallel:g}, "
+            f"ZeRO {parallel.zero_stage}, {recompute} recompute, micro-batch {self.config.micro_batch_size}"
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """All that a search found."""
+
+    best: list[Candidate]
+    """Layouts that fit, fastest first."""
+    lost: list[tuple[Layout, str]]
+    """Each tensor- and pipeline-parallel size that is not the best one's, and why."""
+    tried: int
+    smallest: Candidate | None
+    """The one that needs least memory, whether it fits or not; None where the rules take none."""
+
+
+def evaluate(config: Config, cluster: Cluster, shares: Shares, *, timed: bool = True) -> Candidate:
+    """Memory and time of one layout; the data-parallel size need not be whole."""
+    parallel = config.parallel
+    data = cluster.world / (parallel.tensor_parallel * parallel.pipeline_parallel)
+    memory = peak_memory(
+        config,
+        data_parallel=data,
+        micro_batches=whole_micro_batches(config, data),
+        target_share=shares.targets,
+        fragmentation=FRAGMENTATION,
+        runtime_bytes=RUNTIME_BYTES,
+    )
+    limit = cluster.hardware.memory_gib
+    step = CostModel(config, cluster.hardware, cluster.gpus_per_node, data, shares).step() if timed else None
+    return Candidate(config, data, memory, step, fits=limit is not None and memory.total <= limit * 2**30)
+
+
+def search(config: Config, cluster: Cluster, shares: Shares) -> Search:
+    """All layouts of `config` on `cluster`, whatever its own layout is."""
+    found: dict[Layout, Candidate] = {}
+    refused: dict[Layout, str] = {}
+    best: list[Candidate] = []
+    smallest: Candidate | None = None
+    tried = 0
+    for layout in _layouts(config, cluster):
+        for trial in _variants(config, layout):
+            try:
+                check_shape(trial)
+                check_world(trial, cluster.world)
+            except ConfigError as error:
+                refused.setdefault(layout, str(error))
+                continue
+            tried += 1
+            candidate = evaluate(trial, cluster, shares)
+            if smallest is None or candidate.memory.total < smallest.memory.total:
+                smallest = candidate
+            if candidate.fits:
+                best.append(candidate)
+            known = found.get(layout)
+            if known is None or _rank(candidate) < _rank(known):
+                found[layout] = candidate
+    best.sort(key=lambda candidate: candidate.seconds)
+    winner = best[0] if best else None
+    lost = [(layout, _why(found[layout], winner, cluster)) for layout in found if found[layout] is not winner]
+    lost += [(layout, reason) for layout, reason in refused.items() if layout not in found]
+    return Search(best, sorted(lost), tried, smallest)
+
+
+def follows_slides(candidate: Candidate, cluster: Cluster) -> bool:
+    """The published rule of thumb: tensor parallelism inside a node, the rest of the model over a pipeline."""
+    tensor, pipeline = candidate.layout
+    return (
+        tensor <= cluster.gpus_per_node and candidate.config.parallel.zero_stage <= 1 and (tensor > 1 or pipeline == 1)
+    )
+
+
+def _layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:
+    """Sizes that divide the ranks; tensor parallelism up to two nodes, to show what leaving the node costs."""
+    for tensor in divisors(cluster.world, 2 * cluster.gpus_per_node):
+        for pipeline in divisors(cluster.world // tensor, config.model.num_layers + 2):
+            yield tensor, pipeline
+
+
+def _variants(config: Config, layout: Layout) -> Iterator[Config]:
+    tensor, pipeline = layout
+    for zero in (1, 2, 3) if pipeline == 1 else (1,):
+        for recompute in CHOICES["parallel.activation_checkpointing"]:
+            parallel = replace(
+                config.parallel,
+                tensor_parallel=tensor,
+                pipeline_parallel=pipeline,
+                zero_stage=zero,
+                activation_checkpointing=recompute,
+                overlap_communication=zero > 1,
+            )
+            for micro in MICRO_BATCHES:
+                yield replace(config, parallel=parallel, micro_batch_size=micro)
+
+
+def _rank(candidate: Candidate) -> tuple[bool, float]:
+    """Fitting ones by time, then the others by memory."""
+    return not candidate.fits, candidate.seconds if candidate.fits else candidate.memory.total
+
+
+def _why(candidate: Candidate, winner: Candidate | None, cluster: Cluster) -> str:
+    if not candidate.fits:
+        kinds = candidate.memory.kinds()
+        largest = max(kinds, key=lambda kind: kinds[kind])
+        return (
+            f"does not fit: {candidate.memory.total / 2**30:.1f} GiB of {cluster.hardware.memory_gib:g} at best, "
+            f"{kinds[largest] / 2**30:.1f} of them {largest}"
+        )
+    assert winner is not None
+    assert candidate.step is not None
+    assert winner.step is not None
+    mine, theirs = vars(candidate.step), vars(winner.step)
+    worst = max(mine, key=lambda part: mine[part] - theirs[part])
+    names = {"tensor": "tensor-parallel communication", "send": "pipeline sends", "gather": "ZeRO's gathers"}
+    names |= {"reduce": "gradient reduction", "compute": "computation", "optimizer": "the optimizer"}
+    return (
+        f"{candidate.seconds / winner.seconds:.2f} x the time: {mine[worst] - theirs[worst]:+.2f} s of "
+        f"{names.get(worst, worst)}"
+    )
+
+
+def nothing_fits(search_result: Search, cluster: Cluster) -> ConfigError:
+    """The error of a model that fits nowhere: what the smallest layout needs."""
+    smallest = search_result.smallest
+    if smallest is None:
+        reason = search_result.lost[0][1] if search_result.lost else "no layout divides the ranks"
+        return ConfigError(f"no layout of {cluster.world} ranks can train this model: {reason}")
+    kinds = smallest.memory.kinds()
+    top: Sequence[str] = sorted(kinds, key=lambda kind: -kinds[kind])[:3]
+    parts = ", ".join(f"{kind} {kinds[kind] / 2**30:.1f}" for kind in top)
+    return ConfigError(
+        f"model={smallest.config.model.name} fits no layout of {cluster.world} x {cluster.hardware.name} "
+        f"({cluster.hardware.memory_gib:g} GiB): the smallest, {smallest.describe()}, needs "
+        f"{smallest.memory.total / 2**30:.1f} GiB ({parts}); take more nodes or more memory"
+    )
