@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from data_prep.cli import run
 from data_prep.config import PrepConfig
-from data_prep.prepare import prepare
+from data_prep.prepare import Submitted, prepare
 from data_prep.report import summary_table
 
 
@@ -30,8 +30,12 @@ def main(config: PrepConfig) -> int:
             tasks[stage] = bar.add_task(stage, total=total or None)
         bar.update(tasks[stage], completed=done, total=total or None)  # type: ignore[arg-type]
 
-    with bar:
-        manifest, reused = prepare(config, show)
+    try:
+        with bar:
+            manifest, reused = prepare(config, show)
+    except Submitted as submitted:
+        console.print(str(submitted), soft_wrap=True, markup=False)
+        return 0
     console.print(summary_table(manifest))
     folder = Path(config.data.path)
     if reused:

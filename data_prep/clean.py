@@ -1,4 +1,4 @@
-"""Cleaning of one document: normal form, control characters, length, exact duplicates, language.
+"""Cleaning of one document: normal form, control characters, width, length, and the key of exact duplicates.
 
 Every rule is a plain function of the text; the reason a document is refused for is one of `REASONS`.
 """
@@ -7,6 +7,8 @@ import re
 import unicodedata
 
 import xxhash
+
+from data_prep.quality import FIGURES
 
 REASONS = {
     "broken_utf8": "the bytes are not UTF-8",
@@ -20,6 +22,10 @@ REASONS = {
     "empty_target": "the answer to the prompt is empty",
     "over_cap": "the source's cap is reached",
     "duplicate": "equal to an earlier document but for white space",
+    "near_duplicate": "much like an earlier document (data.cleaning.similarity)",
+    "other_language": "not in one of data.cleaning.languages",
+    "contaminated": "shares a long run of text with an evaluation set",
+    **{f"quality_{name}": f"out of limits: {meaning}" for name, meaning in FIGURES.items()},
 }
 """Why a document is kept aside, by the name used in reports and in rejected/."""
 
@@ -30,16 +36,12 @@ _NEWLINES = re.compile("\r\n?|\u2028|\u2029|\x85")
 _TRAILING = re.compile(r"[ \t\u3000\xa0]+\n")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _WHITE = re.compile(r"\s+")
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003134f]")
-_KANA_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
-_LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
-
-_LANGUAGE_NAMES = {
-    "zh": ("zh", "zho", "chi", "cmn", "chinese", "zh-cn", "zh-hans", "zh-sg"),
-    "zh_hant": ("zh-tw", "zh-hk", "zh-mo", "zh-hant"),
-    "en": ("en", "eng", "english", "en-us", "en-gb"),
+_WIDE = {
+    code: code - 0xFEE0
+    for first, last in ((0xFF10, 0xFF19), (0xFF21, 0xFF3A), (0xFF41, 0xFF5A))
+    for code in range(first, last + 1)
 }
-_LANGUAGE_CODES = {alias: code for code, aliases in _LANGUAGE_NAMES.items() for alias in aliases}
+_WIDE[0x3000] = 0x20
 
 
 def clean_text(text: str) -> str:
@@ -47,6 +49,11 @@ def clean_text(text: str) -> str:
     text = _NEWLINES.sub("\n", text)
     text = _CONTROL.sub("", unicodedata.normalize("NFC", text))
     return _BLANK_LINES.sub("\n\n", _TRAILING.sub("\n", text)).strip()
+
+
+def normalize_width(text: str) -> str:
+    """Full-width letters, digits and the ideographic space in their usual width."""
+    return text.translate(_WIDE)
 
 
 def refusal(raw: str, cleaned: str, min_characters: int, max_characters: int) -> str | None:
@@ -65,24 +72,3 @@ def refusal(raw: str, cleaned: str, min_characters: int, max_characters: int) ->
 def duplicate_key(cleaned: str) -> int:
     """128-bit hash that two documents share when they differ in white space only."""
     return int(xxhash.xxh3_128_intdigest(_WHITE.sub("", cleaned).encode()))
-
-
-def language_code(name: str) -> str:
-    """Short code of a language's name as sources spell it; unknown names are kept, made safe for a file name."""
-    plain = name.strip().lower().replace("_", "-")
-    return _LANGUAGE_CODES.get(plain, re.sub(r"[^a-z0-9]+", "_", plain).strip("_") or "other")
-
-
-def detect_language(text: str) -> str:
-    """zh, en or other by script: Chinese carries about as much in one character as English in four letters.
-
-    Looks at the first 10,000 characters. A first guess for sources that do not say; English stands for every Latin
-    text, Traditional counts as zh.
-    """
-    head = text[:10_000]
-    han, latin, foreign = (len(pattern.findall(head)) for pattern in (_HAN, _LATIN, _KANA_HANGUL))
-    if foreign * 4 > han + foreign:
-        return "other"
-    if han * 4 >= latin and han:
-        return "zh"
-    return "en" if latin * 2 >= len(_WHITE.sub("", head)) else "other"

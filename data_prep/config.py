@@ -14,6 +14,7 @@ OBJECTIVES = ("blank_infilling", "causal")
 POSITIONS = ("1d", "2d")
 TEXT_DOCUMENTS = ("file", "line")
 INSTRUCTION_MASKS = ("MASK", "gMASK")
+EXECUTORS = ("local", "slurm", "ray")
 
 
 @dataclass
@@ -77,6 +78,66 @@ class SamplingConfig:
 
 
 @dataclass
+class CleaningConfig:
+    """What is done to a document's text and what keeps it aside, beyond the checks that are always made."""
+
+    normalize_width: bool = False
+    """Whether full-width letters, digits and spaces become their usual forms; Chinese punctuation stays."""
+    simplify: bool = False
+    """Whether Traditional Chinese becomes Simplified (with OpenCC)."""
+    languages: list[str] = field(default_factory=list)
+    """Languages that are kept, such as [zh, zh_hant, en, code]; empty keeps all."""
+    quality: bool = False
+    """Whether documents outside the limits of data_prep/quality.py are kept aside."""
+    limits: dict[str, Any] = field(default_factory=dict)
+    """Changes to these limits: {zh: {chinese: [0.3, 1]}, en: {stop_words: null}}."""
+    mask_personal: bool = False
+    """Whether phone numbers, identity numbers and e-mail addresses become placeholders."""
+    near_duplicates: bool = False
+    """Whether a document much like an earlier one is kept aside (MinHash)."""
+    similarity: float = 0.7
+    """Estimated Jaccard similarity of the shingles from which on two documents are near-duplicates."""
+    bands: int = 20
+    """Bands of a signature: more find pairs of lower similarity."""
+    rows: int = 6
+    """Minima in a band: more compare fewer documents that are not alike."""
+    decontaminate: list[str] = field(default_factory=list)
+    """Evaluation sets (jsonl or text files); a document that shares a long run of text with them is kept aside."""
+
+    def __post_init__(self) -> None:
+        _within("data.cleaning.similarity", self.similarity, 0.1, 1.0)
+        _within("data.cleaning.bands", self.bands, 1, 128)
+        _within("data.cleaning.rows", self.rows, 1, 32)
+
+
+@dataclass
+class PipelineConfig:
+    """Where the pieces of work run. Nothing here changes what is prepared."""
+
+    executor: str = "local"
+    """local, slurm (array jobs through sbatch) or ray (an existing Ray cluster)."""
+    workers: int | None = None
+    """Pieces of work done at the same time; null: one a core, fewer for little input (local), no limit (slurm, ray)."""
+    partition: str = ""
+    """Slurm partition."""
+    time_limit: str = "24:00:00"
+    """Slurm time limit of one piece of work."""
+    memory_gb: int = 4
+    """Memory of one piece of work under slurm and ray."""
+    cpus_per_task: int = 1
+    """Cores of one piece of work under slurm and ray."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Further sbatch options, such as {account: team, qos: long}."""
+
+    def __post_init__(self) -> None:
+        _choice("data.pipeline.executor", self.executor, EXECUTORS)
+        if self.workers is not None:
+            _within("data.pipeline.workers", self.workers, 1, 100_000)
+        _within("data.pipeline.memory_gb", self.memory_gb, 1, 4096)
+        _within("data.pipeline.cpus_per_task", self.cpus_per_task, 1, 1024)
+
+
+@dataclass
 class DataConfig:
     """A dataset folder, what it is made from, and how it is read."""
 
@@ -107,6 +168,12 @@ class DataConfig:
     """Shares of train, valid and test. GLM-130B's 949, 50, 1 leaves a small corpus without a test page."""
     max_shard_tokens: int = 1_073_741_824
     """A shard is closed at the first document end past so many tokens."""
+    task_bytes: int = 268_435_456
+    """A piece of work takes files of one source until they reach so many bytes, as they lie on the disk."""
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    """What is done to the text."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """Where the work is done."""
     overwrite: bool = False
     """Whether a dataset made with other settings in the same folder is replaced."""
     workers: int = 2
@@ -126,6 +193,7 @@ class DataConfig:
         _within("data.prefetch_batches", self.prefetch_batches, 1, 1024)
         _within("data.min_characters", self.min_characters, 1, self.max_characters)
         _within("data.max_line_bytes", self.max_line_bytes, 1024, 1 << 40)
+        _within("data.task_bytes", self.task_bytes, 1, 1 << 50)
         _within("data.max_shard_tokens", self.max_shard_tokens, 1024, 1 << 40)
 
 

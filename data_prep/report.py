@@ -1,5 +1,6 @@
-"""What a preparation tells its user: a table on the terminal, and the same as a self-contained page."""
+"""What a preparation tells its user: a table on the terminal, and a self-contained page with examples and plots."""
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
@@ -9,6 +10,8 @@ from rich.table import Table
 
 from data_prep.clean import REASONS
 from data_prep.manifest import SPLITS, Counts, Manifest
+from data_prep.quality import FIGURES
+from data_prep.tally import BINS, Tally
 
 _COLUMNS = ("source", "lang", "docs", "characters", "tokens", "tok/char", "bytes/tok", "valid", "test")
 
@@ -76,8 +79,9 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
-def html_report(manifest: Manifest) -> str:
-    """The same tables, the licences and the split, as one HTML page without outside files."""
+def html_report(manifest: Manifest, tally: Tally) -> str:
+    """One HTML page without outside files: these tables, what each stage left of each language, examples of what was
+    kept aside, histograms, licences and the split."""
     licences = [
         (stream.name, stream.lang, licence, f"{count:,}")
         for stream in manifest.sources
@@ -87,6 +91,8 @@ def html_report(manifest: Manifest) -> str:
     moved = ", ".join(split["moved_to_valid"]) or "none"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Dataset</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1c2733}}
+details{{margin:.3rem 0}}pre{{white-space:pre-wrap;background:#f6f8fa;padding:.5rem;margin:.3rem 0}}
+.plots{{display:flex;flex-wrap:wrap;gap:1rem}}figure{{margin:0}}figcaption{{font-size:13px}}
 table{{border-collapse:collapse;margin:1rem 0}}
 td,th{{padding:.25rem .8rem;border-bottom:1px solid #d5dde5;text-align:left}}
 td.n{{text-align:right;font-variant-numeric:tabular-nums}}th{{background:#f2f5f8}}code{{font-size:13px}}</style>
@@ -95,10 +101,105 @@ td.n{{text-align:right;font-variant-numeric:tabular-nums}}th{{background:#f2f5f8
 Split by {escape(split["key"])}, seed {split["seed"]}, shares {escape(str(split["shares"]))}; pages moved to valid:
 {escape(moved)}.</p>
 <h2>Text</h2>{_html_table(_COLUMNS, rows(manifest))}
+<h2>Stages</h2><p>Documents that are left after each stage.</p>{_html_table(*_stages(tally))}
 <h2>Rejected</h2>{_html_table(("source", "reason", "documents", "meaning"), rejections(manifest))}
+{_examples(tally)}
+<h2>Length of the documents</h2><p>Characters, in powers of two.</p>{_lengths(tally)}
+{_figures(tally)}{_masked(tally)}
 <h2>Licences</h2>{_html_table(("source", "language", "licence", "documents"), licences)}
 </html>
 """
+
+
+_STAGES = (
+    ("read", ("broken_utf8", "bad_json", "missing_text", "line_too_long")),
+    ("normalise", ("empty", "too_short", "too_long", "unreadable", "empty_target")),
+    ("language", ("other_language",)),
+    ("quality", tuple(f"quality_{name}" for name in FIGURES)),
+    ("decontaminate", ("contaminated",)),
+    ("duplicates", ("duplicate",)),
+    ("near-duplicates", ("near_duplicate",)),
+    ("caps", ("over_cap",)),
+)
+"""The reasons that each stage gives, in the order of the stages."""
+
+
+def _stages(tally: Tally) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines: what is left of each language after each stage."""
+    languages = sorted({key.partition("/")[0] for key in tally.documents})
+    left = {lang: sum(n for key, n in tally.documents.items() if key.startswith(f"{lang}/")) for lang in languages}
+    lines = [("found", *(f"{left[lang]:,}" for lang in languages))]
+    for name, reasons in _STAGES:
+        for lang in languages:
+            left[lang] -= sum(tally.documents[f"{lang}/{reason}"] for reason in reasons)
+        lines.append((name, *(f"{left[lang]:,}" for lang in languages)))
+    return ("after", *languages), lines
+
+
+def _examples(tally: Tally) -> str:
+    return "".join(
+        f"<details><summary>{escape(reason)}: {escape(REASONS.get(reason, ''))}</summary>"
+        + "".join(
+            f"<p>{escape(str(one['file']))}, line {one['line']} ({escape(str(one['lang']))}): "
+            f"{escape(str(one['detail']))}</p><pre>{escape(one['text'])}</pre>"
+            for one in examples
+        )
+        + "</details>"
+        for reason, examples in sorted(tally.samples.items())
+    )
+
+
+def _lengths(tally: Tally) -> str:
+    plots = []
+    for lang, table in _by_first(tally.lengths).items():
+        bins = {int(power): count for power, count in table.items() if count}
+        if bins:
+            labels = [f"2^{power - 1}" for power in range(min(bins), max(bins) + 1)]
+            plots.append(_bars(lang, [bins.get(n, 0) for n in range(min(bins), max(bins) + 1)], labels))
+    return f'<div class="plots">{"".join(plots)}</div>'
+
+
+def _figures(tally: Tally) -> str:
+    parts = []
+    for lang, table in _by_first(tally.figures).items():
+        plots = []
+        for name, bins in _by_first(Counter(table)).items():
+            values = [int(bins.get(str(number), 0)) for number in range(BINS)]
+            plots.append(_bars(f"{name}: {FIGURES[name]}", values, [f"{n / BINS:.2f}" for n in range(BINS)]))
+        parts.append(f'<h3>{escape(lang)}</h3><div class="plots">{"".join(plots)}</div>')
+    return f"<h2>Quality</h2>{''.join(parts)}" if parts else ""
+
+
+def _masked(tally: Tally) -> str:
+    lines = [(*key.split("/"), f"{count:,}") for key, count in sorted(tally.masked.items())]
+    return f"<h2>Personal data masked</h2>{_html_table(('language', 'kind', 'times'), lines)}" if lines else ""
+
+
+def _by_first(counts: Counter[str]) -> dict[str, dict[str, int]]:
+    """Counts by `a/b` as {a: {b: count}}."""
+    tables: dict[str, dict[str, int]] = {}
+    for key, count in sorted(counts.items()):
+        first, _, rest = key.partition("/")
+        tables.setdefault(first, {})[rest] = count
+    return tables
+
+
+def _bars(title: str, values: Sequence[int], labels: Sequence[str]) -> str:
+    """A histogram as an SVG picture."""
+    width, height, highest = 14, 90, max(1, *values)
+    bars = "".join(
+        f'<rect x="{n * width}" y="{height - value * height / highest:.1f}" width="{width - 2}" '
+        f'height="{value * height / highest:.1f}" fill="#3b7dd8"><title>{escape(label)}: {value:,}</title></rect>'
+        for n, (value, label) in enumerate(zip(values, labels, strict=True))
+    )
+    across = len(values) * width
+    ends = f'<text x="0" y="{height + 12}">{escape(labels[0])}</text>'
+    if len(labels) > 1:
+        ends += f'<text x="{across}" y="{height + 12}" text-anchor="end">{escape(labels[-1])}</text>'
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<svg width="{max(across, 80)}" height="{height + 16}" font-size="10">{bars}{ends}</svg></figure>'
+    )
 
 
 def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

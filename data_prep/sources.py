@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import zstandard
 
-from data_prep.clean import language_code
 from data_prep.config import DataConfig
 from data_prep.errors import ConfigError, DataError
+from data_prep.language import language_code
 from data_prep.templates import fields_of, render
 
 BUNDLED = Path(__file__).parent / "corpus"
@@ -34,6 +34,7 @@ _ENTRY_KEYS = (
     "weight",
     "epochs",
     "cap",
+    "shards",
     "text_field",
     "template",
     "target_field",
@@ -81,6 +82,10 @@ class Source:
     """How often its rows may be drawn; None: without end."""
     cap: int | None = None
     """Most documents that are taken of it; None: all."""
+    hub_shards: int = 1
+    """Pieces of work that read a hub data set."""
+    hub_shard: int = 0
+    """Which of these pieces this is."""
 
     @property
     def content(self) -> str:
@@ -176,6 +181,9 @@ def _resolve(entry: Any, config: DataConfig) -> Source:
         raise ConfigError(f"data.sources: epochs={epochs} must be a number > 0")
     if cap is not None and not (isinstance(cap, int) and cap > 0):
         raise ConfigError(f"data.sources: cap={cap} must be a whole number of documents > 0")
+    shards = fields.get("shards", 1)
+    if not (isinstance(shards, int) and shards > 0) or (shards > 1 and hub is None):
+        raise ConfigError(f"data.sources: shards={shards} must be a whole number > 0, and is for hub data sets")
     template = fields.get("template")
     if template is not None:
         fields_of(str(template))
@@ -194,6 +202,7 @@ def _resolve(entry: Any, config: DataConfig) -> Source:
         target_field=str(fields.get("target_field", "target")),
         epochs=None if epochs is None else float(epochs),
         cap=cap,
+        hub_shards=shards,
     )
 
 
@@ -419,6 +428,12 @@ def _read_hub(source: Source, config: DataConfig) -> Iterator[Document | Rejecte
         rows = datasets.load_dataset(source.hub, source.hub_config, split=source.hub_split, streaming=True)
     except Exception as error:
         raise DataError(f"hub:{source.hub}: cannot be opened ({type(error).__name__}: {error})") from error
+    if source.hub_shards > 1:
+        if rows.num_shards < source.hub_shards:
+            raise ConfigError(
+                f"data.sources: hub:{source.hub} has {rows.num_shards} files, fewer than shards={source.hub_shards}"
+            )
+        rows = rows.shard(num_shards=source.hub_shards, index=source.hub_shard)
     yield from _read_rows(rows, source, config, f"hub:{source.hub}")
 
 

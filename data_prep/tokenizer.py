@@ -14,6 +14,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
+from data_prep.files import write_bytes
 
 SPECIALS = ("MASK", "gMASK", "sMASK", "eod", "sop", "eop", "ENC", "dBLOCK")
 """Special tokens in the order of their ids (facts of the icetk tokenizer): pieces + 0, + 1, …"""
@@ -55,6 +56,10 @@ class Tokenizer:
                 except OSError as error:
                     raise DataError(f"{candidate}: cannot be read ({error.strerror})") from error
         raise DataError(f"{path}: no {MODEL_FILE} there; give a SentencePiece model file or a dataset folder")
+
+    def save(self, folder: Path) -> None:
+        """Write the model file that `load` reads back."""
+        write_bytes(folder / MODEL_FILE, self.model)
 
     def __getstate__(self) -> dict[str, object]:
         return {"model": self.model, "name": self.name}

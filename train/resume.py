@@ -24,6 +24,9 @@ FREE = (
     "tokenizer.",  # the dataset's own tokenizer is checked against the checkpoint's
     "data.path",
     "data.sources",
+    "data.cleaning.",
+    "data.pipeline.",
+    "data.task_bytes",
     "data.workers",
     "data.prefetch_batches",
     "data.overwrite",
