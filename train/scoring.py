@@ -19,8 +19,9 @@ from train.model.build import Model
 from train.model.cache import KeyValueCache
 from train.picking import allow
 
-PASS_SLOTS = 16384
-"""Slots of one pass over contexts or answers: bounds its memory."""
+PASS_SLOTS = {"cpu": 4096}
+"""Slots of one pass by device type: bounds its memory, and on a CPU keeps it in the caches."""
+PASS_SLOTS_ELSEWHERE = 32768
 HEAD_ROWS = 1024
 """Rows of the head at a time: bounds the logits."""
 
@@ -62,10 +63,14 @@ def check(question: Question, limit: int) -> None:
 
 @torch.no_grad()
 def score(
-    model: Model, tokenizer: Tokenizer, questions: Sequence[Question], pass_slots: int = PASS_SLOTS
+    model: Model, tokenizer: Tokenizer, questions: Sequence[Question], pass_slots: int | None = None
 ) -> list[list[Score]]:
-    """Scores of every answer of every question, in their order. Raises DataError for one that is too long."""
+    """Scores of every answer of every question, in their order. Raises DataError for one that is too long.
+
+    pass_slots: slots of one pass, answers with their contexts; null means the device's.
+    """
     limit = model.context.model.max_positions
+    pass_slots = pass_slots or PASS_SLOTS.get(model.context.mesh.device.type, PASS_SLOTS_ELSEWHERE)
     for question in questions:
         check(question, limit)
     # Neighbours of like length: little padding.

@@ -21,7 +21,7 @@ from data_prep.tokenizer import Tokenizer
 from train.config import ModelConfig
 from train.forms import Form
 from train.model.build import Model
-from train.scoring import PASS_SLOTS, Question, Score, check, score
+from train.scoring import Question, Score, check, score
 from train.streaming import MASKS
 
 WAYS = {"mask": "[MASK]", "gmask": "[gMASK]"}
@@ -88,7 +88,6 @@ def run_task(
     *,
     causal: bool,
     share: tuple[int, int] = (0, 1),
-    pass_slots: int = PASS_SLOTS,
 ) -> dict[str, list[list[Score]]]:
     """Scores of each item's choices by each way that fits it: {way: one list an item, empty where it does not fit}.
 
@@ -106,7 +105,7 @@ def run_task(
             asked.setdefault(way, []).append((number, question))
     for way, pairs in asked.items():
         found[way] = [[] for _ in task.items]
-        scores = score(model, tokenizer, [question for _, question in pairs], pass_slots)
+        scores = score(model, tokenizer, [question for _, question in pairs])
         for (number, _), one in zip(pairs, scores, strict=True):
             found[way][number] = one
     return found
