@@ -28,3 +28,7 @@ class KernelsConfig:
 
     embedding: str = "auto"
     """Token embedding with gradient shrink: auto | reference | compile."""
+
+    quantised_matmul: str = "auto"
+    """Products with INT8 and INT4 weights (`quantise=` of train.generate and train.evaluate): auto | reference |
+    compile | triton."""

@@ -106,6 +106,7 @@ TABLE: dict[str, Operations] = {
     "bias_activation": Operations(_triple("bias_activation", frozenset()), FAST),
     "rotary": Operations(_triple("rotary", frozenset()), FAST),
     "embedding": Operations(_pair("embedding", frozenset())),
+    "quantised_matmul": Operations(_triple("quantised_matmul", frozenset()), FAST),
     "linear_cross_entropy": Operations(
         _triple("linear_cross_entropy", frozenset({"tensor_parallel", "z_loss", "softcap"})), FAST
     ),

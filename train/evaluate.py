@@ -33,6 +33,7 @@ from train.checkpoint.select import read_manifest
 from train.evaluate_output import show
 from train.held_out import HeldOutConfig, held_out
 from train.labels import Labels, inputs
+from train.model.quantised import check_quantise
 from train.scores import Baseline, summary, total
 from train.tasks import Task, details, read_tasks, results, run_task
 
@@ -57,6 +58,10 @@ class EvaluateConfig:
     """Slots of a sample; null means the run's."""
     seed: int | None = None
     """Seed of the order and the masks; null means the run's, with which the same samples are seen as while training."""
+    quantise: str | None = None
+    """int8 or int4: the layers' matrices are rounded while loading; null leaves them."""
+    quantise_group: int | None = None
+    """Columns of a matrix that share a scale, such as 128; null means one scale a row."""
     tasks: list[str] = field(default_factory=list)
     """Task files, jsonl (see train/tasks.py); without data.path or data.sources they alone are evaluated."""
     task_items: int | None = None
@@ -71,6 +76,7 @@ class EvaluateConfig:
             raise ConfigError(f"split={self.split} must be one of {', '.join(SPLITS)}")
         if self.data.path is not None and self.data.sources:
             raise ConfigError(f"data.path={self.data.path} and data.sources are both given; give one of them")
+        check_quantise(self.quantise, self.quantise_group)
         for name in ("samples", "micro_batch_size", "sequence_length", "task_items"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -80,7 +86,9 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> int:
     """Evaluate, print the tables, write `output`. Raises ConfigError, DataError."""
     tasks = read_tasks(config.tasks, config.task_items)
-    trained = load_trained(config.checkpoint, backend.device())
+    trained = load_trained(
+        config.checkpoint, backend.device(), quantise=config.quantise, quantise_group=config.quantise_group
+    )
     record: dict[str, Any] = {}
     if not tasks or config.data.path is not None or config.data.sources:
         with ExitStack() as stack:
@@ -97,6 +105,8 @@ def main(config: EvaluateConfig) -> int:
         record |= {"seed": sampler.seed, "samples": samples, "sequence_length": sampler.sequence_length, **origin}
     if tasks:
         record["tasks"] = _run_tasks(config, trained, tasks)
+    if config.quantise is not None:
+        record |= {"quantise": config.quantise, "quantise_group": config.quantise_group}
     record |= {"checkpoint": str(trained.folder), "step": read_manifest(trained.folder)["step"]}
     if config.output is not None:
         write_json(config.output, record)

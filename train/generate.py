@@ -24,6 +24,7 @@ from train import backend
 from train.blanks import fill_all
 from train.checkpoint.model import Trained, load_trained
 from train.mesh import Mesh
+from train.model.quantised import check_quantise
 from train.picking import Decoding
 from train.streaming import MASKS, Stream
 
@@ -54,6 +55,10 @@ class GenerateConfig:
     """Seed of the draws."""
     batch_size: int = 8
     """Texts of `input` that are written side by side."""
+    quantise: str | None = None
+    """int8 or int4: the layers' matrices are rounded while loading; null leaves them."""
+    quantise_group: int | None = None
+    """Columns of a matrix that share a scale, such as 128; null means one scale a row."""
     compile: bool = False
     """Decode through torch.compile, on a GPU with CUDA graphs: minutes at first, then faster steps."""
     output: str | None = None
@@ -63,6 +68,7 @@ class GenerateConfig:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size} must be at least 1")
         self.decoding()
+        check_quantise(self.quantise, self.quantise_group)
 
     def decoding(self) -> Decoding:
         """How tokens are picked. Raises ConfigError."""
@@ -96,7 +102,13 @@ def main(config: GenerateConfig) -> int:
         backend.start()
     try:
         mesh = Mesh.single(backend.device()) if alone else backend.tensor_mesh()
-        trained = load_trained(config.checkpoint, mesh.device, mesh)
+        trained = load_trained(
+            config.checkpoint,
+            mesh.device,
+            mesh,
+            quantise=config.quantise,
+            quantise_group=config.quantise_group,
+        )
         _complete_all(config, trained, texts, speaks=mesh.rank == 0)
     finally:
         if not alone:
@@ -219,6 +231,8 @@ def _record(config: GenerateConfig, trained: Trained, text: str, whole: str, bla
         "blanks": [asdict(blank) for blank in blanks],
         "checkpoint": str(trained.folder),
         **settings,
+        "quantise": config.quantise,
+        "quantise_group": config.quantise_group,
     }
 
 

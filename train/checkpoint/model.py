@@ -17,6 +17,7 @@ from train.checkpoint.select import damage, find
 from train.config import Config
 from train.mesh import Mesh
 from train.model.build import DTYPES, Model, named_layouts
+from train.model.quantised import quantise_model
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,19 @@ class Trained:
     folder: Path
 
 
-def load_trained(path: str | Path, device: torch.device, mesh: Mesh | None = None) -> Trained:
+def load_trained(
+    path: str | Path,
+    device: torch.device,
+    mesh: Mesh | None = None,
+    *,
+    quantise: str | None = None,
+    quantise_group: int | None = None,
+) -> Trained:
     """The model of a run folder's newest whole checkpoint, or of one step's folder, on one device.
 
-    mesh: ranks that share it by tensor parallelism; null means this process alone. Reads the weights only, after their
-    checksums. Raises DataError where the checkpoint is missing, damaged or another model's, ConfigError where the
-    model does not divide among the ranks.
+    mesh: ranks that share it by tensor parallelism; null means this process alone. quantise, quantise_group: round the
+    layers' matrices, see `train.model.quantised`. Reads the weights only, after their checksums. Raises DataError where
+    the checkpoint is missing, damaged or another model's, ConfigError where the model does not divide among the ranks.
     """
     mesh = mesh or Mesh.single(device)
     folder = find(path)
@@ -54,6 +62,8 @@ def load_trained(path: str | Path, device: torch.device, mesh: Mesh | None = Non
     with torch.no_grad():
         for layout, parameter in named_layouts(model.parameters()):
             parameter.data = reader.local("weight", layout).to(device, dtype)
+    if quantise is not None:
+        quantise_model(model, quantise, quantise_group, config.kernels.quantised_matmul)
     return Trained(model, Tokenizer.load(folder / "tokenizer"), config, folder)
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.random import Dropout, drop_hidden
 from train.model.context import Context, Norm, State, intervals
 from train.model.parameters import Layout
-from train.model.tensor_parallel import column_parallel, copy_to_ranks, row_parallel
+from train.model.tensor_parallel import column_parallel, copy_to_ranks, product, row_parallel
 
 
 class Cache(Protocol):
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         else:
             # Each rank uses some of the heads that all compute, so it is their gradients that are summed over the
             # ranks; x then gets the whole gradient everywhere without a sum of its own.
-            pair = copy_to_ranks(torch.nn.functional.linear(x, self.kv_weight), mesh.tensor_group)
+            pair = copy_to_ranks(product(x, self.kv_weight), mesh.tensor_group)
             bias = None if self.kv_bias is None else copy_to_ranks(self.kv_bias, mesh.tensor_group)
         pair = self._rotate(pair.unflatten(2, (-1, dim)), bias, positions, period=2, passthrough=1)
         key, value = pair.unflatten(2, (self.kv_heads, 2)).unbind(3)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _CopyToRanks(torch.autograd.Function):
@@ -52,11 +52,17 @@ def sum_over_ranks(x: Tensor, group: Any) -> Tensor:
     return x if group is None else _SumOverRanks.apply(x, group)
 
 
+def product(x: Tensor, weight: Tensor | nn.Module) -> Tensor:
+    """x [..., in] times a weight [out, in], or what stands in for one (`train.model.quantised`): [..., out]."""
+    result: Tensor = weight(x) if isinstance(weight, nn.Module) else F.linear(x, weight)
+    return result
+
+
 def column_parallel(x: Tensor, weight: Tensor, group: Any) -> Tensor:
     """x [..., in] times this rank's rows of the weight [out / ranks, in]: [..., out / ranks]."""
-    return F.linear(copy_to_ranks(x, group), weight)
+    return product(copy_to_ranks(x, group), weight)
 
 
 def row_parallel(x: Tensor, weight: Tensor, group: Any) -> Tensor:
     """This rank's columns: x [..., in / ranks] times [out, in / ranks], summed over the ranks: [..., out]."""
-    return sum_over_ranks(F.linear(x, weight), group)
+    return sum_over_ranks(product(x, weight), group)

@@ -1,0 +1,90 @@
+"""Product with a packed INT8 or INT4 weight in Triton; arguments and the reference are in `quantised_matmul.py`.
+
+A program owns a block of the weight's rows and walks along its columns. The integers are exact in x's dtype, so the
+products sum up in float32 before their scale: a whole row's once at the end, a group's after each of its blocks. The
+two nibbles of a byte are neighbouring columns, so INT4 takes even and odd columns of x as two products.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton kernels and what torch.library calls back take no annotations
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quantised_matmul import check
+
+
+@triton.jit
+def _matmul_kernel(
+    x, packed, scale, out, m, n,
+    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """K: columns. GROUP: columns a scale. BK: packed values of one block of columns, all of one group."""
+    EACH: tl.constexpr = 8 // BITS  # columns a byte
+    BLOCKS: tl.constexpr = (GROUP // EACH + BK - 1) // BK  # blocks a group
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = tl.arange(0, BK)
+    to_x = x + row[:, None].to(tl.int64) * K
+    to_w = packed + column[None, :].to(tl.int64) * (K // EACH)
+    row_mask, column_mask = (row < m)[:, None], (column < n)[None, :]
+    total = tl.zeros([BM, BN], tl.float32)
+    for group in range(K // GROUP):
+        part = tl.zeros([BM, BN], tl.float32)
+        for block in range(BLOCKS):
+            place = block * BK + inside
+            valid = place < GROUP // EACH
+            byte = group * (GROUP // EACH) + place
+            w = tl.load(to_w + byte[:, None], mask=valid[:, None] & column_mask, other=0)  # [BK, BN]
+            if BITS == 8:
+                value = tl.load(to_x + byte[None, :], mask=row_mask & valid[None, :], other=0.0)
+                part = tl.dot(value, w.to(value.dtype), part, input_precision="ieee")
+            else:
+                mask = row_mask & valid[None, :]
+                even = tl.load(to_x + 2 * byte[None, :], mask=mask, other=0.0)
+                odd = tl.load(to_x + 2 * byte[None, :] + 1, mask=mask, other=0.0)
+                wide = w.to(tl.int32)  # shifts that keep the sign, whatever int8's do
+                part = tl.dot(even, (wide >> 4).to(even.dtype), part, input_precision="ieee")
+                part = tl.dot(odd, ((wide << 28) >> 28).to(odd.dtype), part, input_precision="ieee")
+        s = tl.load(scale + column.to(tl.int64) * (K // GROUP) + group, mask=column < n, other=0.0)
+        total += part * s.to(tl.float32)[None, :]
+    tl.store(out + row[:, None].to(tl.int64) * n + column[None, :], total, mask=row_mask & column_mask)
+
+
+TILE = (16, 64, 64, 4)  # rows of x, rows of the weight, packed columns, warps
+WIDE_TILE = (64, 64, 64, 4)  # for many rows of x
+
+
+@torch.library.custom_op("tiankong::quantised_matmul", mutates_args=())
+def _matmul(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+    columns, n = x.shape[-1], packed.shape[0]
+    m = x.numel() // columns
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    bm, bn, bk, warps = TILE if m <= 32 else WIDE_TILE
+    group = columns if scale.dim() == 1 else columns // scale.shape[1]
+    bk = max(16, min(bk, triton.next_power_of_2(group * bits // 8)))
+    if m and n:
+        _matmul_kernel[(triton.cdiv(n, bn), triton.cdiv(m, bm))](
+            x.contiguous(), packed, scale, out, m, n,
+            K=columns, GROUP=group, BITS=bits, BM=bm, BN=bn, BK=bk, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+@_matmul.register_fake
+def _(x, packed, scale, bits):
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def quantised_matmul(x: Tensor, packed: Tensor, scale: Tensor, *, bits: int) -> Tensor:
+    """See the reference of the same name; a group must be an even number of columns for 4 bits."""
+    check(x, packed, scale, bits)
+    if bits == 4 and scale.dim() == 2 and x.shape[-1] // scale.shape[1] % 2:
+        raise ValueError("quantised_matmul: groups of an odd number of columns split a byte of INT4")
+    out: Tensor = _matmul(x, packed.contiguous(), scale.contiguous(), bits)
+    return out

@@ -1,0 +1,76 @@
+"""Products with packed weights: the reference, and the Triton kernel, against float64 (on a CPU in the interpreter)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels.quantised_matmul import quantised_matmul as reference
+from kernels.quantised_weight import dequantise, quantise
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.gpu if CUDA else pytest.mark.unit
+SHAPES = [((3, 64), 40, None), ((2, 5, 96), 33, None), ((1, 160), 70, 32), ((37, 128), 64, 16), ((0, 32), 8, None)]
+
+
+def case(shape, rows, bits, group, dtype):
+    generator = torch.Generator().manual_seed(len(shape) + rows + bits)
+    x = torch.randn(*shape, generator=generator).to(dtype)
+    packed, scale = quantise(torch.randn(rows, shape[-1], generator=generator), bits, group_size=group)
+    return x, packed, scale, x.double() @ dequantise(packed, scale, bits, torch.float64).T
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape, rows, group", SHAPES)
+def test_the_reference_is_the_product_with_the_spread_weight(shape, rows, group, bits):
+    x, packed, scale, wanted = case(shape, rows, bits, group, torch.float32)
+    found = reference(x, packed, scale, bits=bits)
+    assert found.dtype == x.dtype
+    assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5 * max(1.0, shape[-1] ** 0.5))
+
+
+def test_wrong_arguments_are_named():
+    x, packed, scale, _ = case((2, 64), 40, 8, None, torch.float32)
+    with pytest.raises(ValueError, match="x has 64 columns, the weight 128 of 4 bits"):
+        reference(x, packed, scale, bits=4)
+    with pytest.raises(ValueError, match=r"scale has shape \[3\] for a weight of 40 x 64"):
+        reference(x, packed, scale[:3], bits=8)
+    with pytest.raises(ValueError, match=r"scale is torch.float32; use torch.float16"):
+        reference(x, packed, scale.float(), bits=8)
+
+
+if not CUDA and not INTERPRETED:
+
+    def test_in_the_interpreter():
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "kernel", __file__]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+else:
+    from kernels.quantised_matmul_triton import quantised_matmul
+
+    DEVICE = "cuda" if CUDA else "cpu"
+    TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3} | ({torch.bfloat16: 8e-3} if CUDA else {})
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("bits", [8, 4])
+    @pytest.mark.parametrize("shape, rows, group", SHAPES)
+    def test_the_kernel_is_the_product_with_the_spread_weight(shape, rows, group, bits, dtype):
+        x, packed, scale, wanted = case(shape, rows, bits, group, dtype)
+        found = quantised_matmul(*(part.to(DEVICE) for part in (x, packed, scale)), bits=bits)
+        assert found.dtype == dtype
+        assert found.shape == wanted.shape
+        error = (found.double().cpu() - wanted).square().sum().sqrt()
+        assert error <= TOLERANCE[dtype] * wanted.square().sum().sqrt()
+
+    def test_the_kernel_refuses_groups_that_split_a_byte():
+        packed = torch.zeros(4, 15, dtype=torch.int8, device=DEVICE)
+        scale = torch.ones(4, 6, dtype=torch.float16, device=DEVICE)
+        with pytest.raises(ValueError, match="split a byte"):
+            quantised_matmul(torch.zeros(2, 30, device=DEVICE), packed, scale, bits=4)
