@@ -51,6 +51,8 @@ VALUE_KEYS = frozenset(
         "output",
         "initialize_from",
         "tokenizer.path",
+        "source",
+        "target",
     }
 )
 """Keys whose values are paths or free text: quoted before Hydra sees them. `LIST_KEYS` hold lists of such."""

@@ -3,7 +3,7 @@
     experiment/NAME.yaml   everything that `python -m train experiment=NAME` resolves to
     model/NAME.yaml        the model node of `python -m train model=NAME`
     default.yaml           `python -m train`
-    data_prep.yaml, evaluate.yaml, generate.yaml   the other commands
+    convert.yaml, data_prep.yaml, evaluate.yaml, generate.yaml   the other commands
 
 `tests/train/test_config.py` compares them, so that a changed default shows in the diff. Look at the diff before you
 commit it.
@@ -15,6 +15,7 @@ from pathlib import Path
 from data_prep.cli import CONFIG_DIR, as_yaml, compose
 from data_prep.config import PrepConfig
 from train.cli import compose_train
+from train.convert.config import ConvertConfig
 from train.evaluate import EvaluateConfig
 from train.generate import GenerateConfig
 
@@ -48,6 +49,8 @@ def resolved(file: str) -> str:
         return as_yaml(compose_train(overrides(group, name)).model)
     if name == "default":
         return as_yaml(compose_train([DATA]))
+    if name == "convert":
+        return as_yaml(compose("convert", ConvertConfig, ["source=RUN", "target=DIR", "format=glm_130b"]))
     if name == "data_prep":
         return as_yaml(compose("data_prep", PrepConfig, [DATA]))
     if name == "evaluate":
@@ -57,7 +60,7 @@ def resolved(file: str) -> str:
 
 def files() -> list[str]:
     """Names of all golden config files."""
-    single = ["default.yaml", "data_prep.yaml", "evaluate.yaml", "generate.yaml"]
+    single = ["default.yaml", "convert.yaml", "data_prep.yaml", "evaluate.yaml", "generate.yaml"]
     return [*single, *(f"{group}/{name}.yaml" for group in FOLDERS for name in recipes(group))]
 
 

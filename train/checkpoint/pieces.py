@@ -89,6 +89,12 @@ class PieceReader:
         """Full shape of a stored parameter."""
         return self._pieces[kind, name][0].layout.full_shape
 
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """Dtype that a parameter is stored in."""
+        piece = self._pieces[kind, name][0]
+        with safe_open(self.folder / piece.file, framework="pt") as file:
+            return file.get_slice(piece.key)[:1].dtype
+
     def local(self, kind: str, layout: Layout) -> Tensor:
         """The cut of a parameter that `layout` describes, in the stored dtype, on the CPU.
 

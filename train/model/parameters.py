@@ -81,10 +81,13 @@ def make_parameter(
 ) -> nn.Parameter:
     """An fp32 parameter: constant `value`, or normal with deviation `std` drawn by address.
 
-    std: a number, or a tensor that broadcasts against the local shape (rows with their own gain).
+    std: a number, or a tensor that broadcasts against the local shape (rows with their own gain). On the meta device
+    nothing is drawn: a model there tells its layouts only.
     """
     shape = layout.local_shape
-    if std is None:
+    if device.type == "meta":
+        data = torch.empty(shape, dtype=torch.float32, device=device)
+    elif std is None:
         data = torch.full(shape, value, dtype=torch.float32, device=device)
     else:
         data = _addressed(layout, mix_key(seed, "weight", layout.name), device).mul_(std)

@@ -1,0 +1,18 @@
+"""All formats by name."""
+
+from data_prep.errors import ConfigError
+from train.convert.causal_formats import ChatGlm2, Glm, Llama
+from train.convert.formats import Format, HuggingFace
+from train.convert.glm_formats import ChatGlm6b, Glm130b
+
+FORMATS: dict[str, Format] = {
+    found.name: found for found in (Glm130b(), ChatGlm6b(), ChatGlm2(), Glm(), Llama(), HuggingFace())
+}
+"""`format=` as the command line has it."""
+
+
+def format_of(name: str) -> Format:
+    """The format of a name; raises ConfigError."""
+    if name not in FORMATS:
+        raise ConfigError(f"format={name} is not known; use one of {', '.join(FORMATS)}")
+    return FORMATS[name]

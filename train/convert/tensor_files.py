@@ -1,0 +1,296 @@
+"""Files of named tensors, read and written one tensor at a time: safetensors, and the zip files of `torch.save`.
+
+Nothing here holds more than one tensor. Reading a torch file unpickles its index only, by torch's weights-only rules: a
+pickle that would run code is refused, and no tensor is loaded with it. The bytes then come from the zip archive, whose
+checksums are compared.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data_prep.errors import DataError
+from data_prep.files import write_error
+
+SAFETENSORS_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
+"""Names of the dtypes that this project stores."""
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+_STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int8: torch.CharStorage,
+}
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a tensor before its bytes."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return self.numel * self.dtype.itemsize
+
+
+class TensorFile(Protocol):
+    """An opened file: its path, what it holds, and one tensor at a time."""
+
+    path: Path
+    specs: dict[str, Spec]
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, on the CPU, in the stored dtype. Raises DataError naming the file."""
+
+
+class SafetensorsFile:
+    """A safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the file is no whole safetensors file or holds a dtype that is not stored here."""
+        self.path = path
+        self.specs: dict[str, Spec] = {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    view = file.get_slice(key)
+                    self.specs[key] = Spec(key, tuple(view.get_shape()), _dtype(path, key, view.get_dtype()))
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from error
+
+    def read(self, key: str) -> Tensor:
+        # Opened anew each time: closing it gives the mapped pages back.
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(key)
+
+
+class TorchFile:
+    """A file of `torch.save`: a dictionary of tensors, or {"module": such a dictionary}."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the file is cut short, holds code or anything but contiguous tensors."""
+        self.path = path
+        try:
+            self._archive = zipfile.ZipFile(path)
+            self._entries = {_data_start(self._archive, info): info for info in self._archive.infolist()}
+            state = torch.load(path, map_location="meta", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise DataError(
+                f"{path}: holds code or objects beside tensors and was not opened ({_forbidden(error)}); weights are a "
+                "plain dictionary of tensors"
+            ) from error
+        except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, struct.error, ValueError) as error:
+            raise DataError(
+                f"{path}: not a whole file of torch.save ({_reason(error)}); fetch or write it again"
+            ) from error
+        state = state.get("module", state) if isinstance(state, dict) else state
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise DataError(f"{path}: holds no dictionary of tensors")
+        self._tensors: dict[str, Tensor] = state
+        self.specs = {key: Spec(key, tuple(value.shape), value.dtype) for key, value in state.items()}
+
+    def read(self, key: str) -> Tensor:
+        meta = self._tensors[key]
+        storage = meta.untyped_storage()
+        info = self._entries.get(storage._checkpoint_offset or -1)
+        if info is None or info.file_size != storage.nbytes():
+            raise DataError(f"{self.path}: the bytes of {key} are not where its index says; fetch the file again")
+        data = torch.empty(info.file_size, dtype=torch.uint8)
+        view, filled = memoryview(data.numpy()), 0
+        try:
+            with self._archive.open(info) as file:
+                # To the end of the record: only then zipfile compares its checksum.
+                while chunk := file.read(_CHUNK):
+                    view[filled : filled + len(chunk)] = chunk
+                    filled += len(chunk)
+        except (OSError, zipfile.BadZipFile, ValueError) as error:
+            raise DataError(f"{self.path}: the bytes of {key} are damaged ({_reason(error)})") from error
+        if filled != len(view):
+            raise DataError(f"{self.path}: the bytes of {key} are cut short")
+        return torch.as_strided(data.view(meta.dtype), meta.shape, meta.stride(), meta.storage_offset())
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file: `add` each tensor in the order of the specs, then `close`."""
+
+    def __init__(self, path: Path, specs: Sequence[Spec], metadata: Mapping[str, str]) -> None:
+        """Raises DataError, here and later, where the disk is full."""
+        self.path = path
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        offset = 0
+        for spec in specs:
+            place = [offset, offset + spec.bytes]
+            header[spec.key] = {"dtype": SAFETENSORS_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": place}
+            offset += spec.bytes
+        self._left = list(reversed(specs))
+        self._digest = xxhash.xxh3_128()
+        self._bytes = 0
+        try:
+            self._file = path.open("wb")
+        except OSError as error:
+            raise write_error(path, error) from error
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._write(struct.pack("<Q", len(text)) + text)
+
+    def add(self, tensor: Tensor) -> None:
+        """Append the next tensor."""
+        spec = self._left.pop()
+        self._write(memoryview(_checked(spec, tensor).reshape(-1).view(torch.uint8).numpy()))
+
+    def _write(self, content: bytes | memoryview) -> None:
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        self._digest.update(content)
+        self._bytes += len(content)
+
+    def close(self) -> dict[str, Any]:
+        """Flush to the disk; returns {"bytes", "checksum"} as a manifest wants them."""
+        assert not self._left, self._left
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        return {"bytes": self._bytes, "checksum": self._digest.hexdigest()}
+
+
+class TorchWriter:
+    """Writes `{"module": {key: tensor}}` as `torch.save` would, without ever holding the dictionary."""
+
+    def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
+        """Raises DataError, here and later, where the disk is full."""
+        self.path, self._specs, self._next = path, specs, 0
+        index = _torch_index(specs)
+        with self._refusals():
+            self._writer = torch._C.PyTorchFileWriter(str(path))
+            self._writer.write_record("data.pkl", index, len(index))
+            self._writer.write_record("byteorder", b"little", len(b"little"))
+
+    def add(self, tensor: Tensor) -> None:
+        """Append the next tensor."""
+        spec = self._specs[self._next]
+        whole = _checked(spec, tensor)
+        if whole.untyped_storage().nbytes() != spec.bytes:
+            whole = whole.clone()
+        with self._refusals():
+            # The stubs know the typed storages only, which torch itself no longer passes.
+            self._writer.write_record(f"data/{self._next}", whole.untyped_storage(), spec.bytes)  # type: ignore[arg-type]
+        self._next += 1
+
+    def close(self) -> None:
+        """Write the archive's table and flush to the disk."""
+        assert self._next == len(self._specs)
+        with self._refusals():
+            self._writer.write_end_of_file()
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        except RuntimeError as error:
+            raise DataError(f"{self.path}: cannot be written ({_reason(error)}); is the disk full?") from error
+
+
+@dataclass(frozen=True)
+class _Storage:
+    number: int
+    spec: Spec
+
+
+class _Indexer(pickle.Pickler):
+    """Pickles specs as torch pickles tensors: a rebuild call on a storage that is told by its number."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, _Storage):
+            return None
+        kind = _STORAGES[obj.spec.dtype]
+        return "storage", kind, str(obj.number), "cpu", obj.spec.numel
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, _Placed):
+            return NotImplemented
+        shape = obj.storage.spec.shape
+        stride = torch.empty(shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (obj.storage, 0, shape, stride, False, OrderedDict())
+
+
+@dataclass(frozen=True)
+class _Placed:
+    storage: _Storage
+
+
+def _torch_index(specs: Sequence[Spec]) -> bytes:
+    buffer = io.BytesIO()
+    state = {spec.key: _Placed(_Storage(number, spec)) for number, spec in enumerate(specs)}
+    _Indexer(buffer, protocol=2).dump({"module": state})
+    return buffer.getvalue()
+
+
+def _checked(spec: Spec, tensor: Tensor) -> Tensor:
+    assert tuple(tensor.shape) == spec.shape, (spec, tensor.shape)
+    assert tensor.dtype == spec.dtype, (spec, tensor.dtype)
+    return tensor.contiguous()
+
+
+def _dtype(path: Path, key: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise DataError(f"{path}: {key} is stored as {name}; known are {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin: behind its local header, whose length may differ from the central one's."""
+    assert archive.fp is not None
+    archive.fp.seek(info.header_offset + 26)
+    name, extra = struct.unpack("<HH", archive.fp.read(4))
+    return info.header_offset + 30 + int(name) + int(extra)
+
+
+def _forbidden(error: BaseException) -> str:
+    """What torch's weights-only unpickler stumbled over, out of its long advice."""
+    found = re.search(r"(?:GLOBAL|Unsupported \w+:?) ([\w.]+)", str(error))
+    return found[1] if found else _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of torch's long messages."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0][:200] or type(error).__name__
