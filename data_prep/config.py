@@ -180,6 +180,9 @@ class DataConfig:
     """Processes that build samples for each rank; 0 builds them in the training process."""
     prefetch_batches: int = 4
     """Micro-batches that each worker prepares ahead."""
+    mixture: list[Any] = field(default_factory=list)
+    """Weights of the sources from given samples on, [{from_sample: 0, weights: {web: 3, books: 1}}, …]; empty takes the
+    weights of data.sources, or on resume the plan in the checkpoint. Changed on resume, it holds from there on."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How rows become samples."""
 

@@ -176,6 +176,25 @@ class DataPlan:
             else:
                 self._skips.append((first, end))
 
+    def with_mixture(self, mixture: Sequence[Mapping[str, Any]], consumed_samples: int) -> "DataPlan":
+        """The plan of a run that goes on at `consumed_samples` with the mixture its config has now.
+
+        What came before stays as it was, and so does every skipped range; from here on `mixture` (`data.mixture`)
+        decides. An empty one keeps the whole plan. Raises ConfigError for an entry without weights.
+        """
+        wanted = mixture_plan(mixture)
+        if not wanted.entries:
+            return self
+        kept = [e for e in self.entries if e.weights is None or e.from_sample < consumed_samples]
+        then = [weights for first, weights in self.mixtures if first < consumed_samples]
+        now = [weights for first, weights in wanted.mixtures if first <= consumed_samples]
+        coming = [entry for entry in wanted.entries if entry.from_sample > consumed_samples]
+        if now and now[-1:] != then[-1:]:
+            coming.insert(0, PlanEntry(consumed_samples, now[-1]))
+        every: list[PlanEntry] = [*kept, *coming]
+        every.sort(key=lambda entry: entry.from_sample)
+        return DataPlan(every)
+
     def to_list(self) -> list[dict[str, Any]]:
         """The plan as JSON can hold it."""
         return [
@@ -205,6 +224,14 @@ class DataPlan:
     def advance(self, cursor: int, count: int) -> int:
         """`consumed_samples` after training on the next `count` samples from `cursor`."""
         return int(self.indices(cursor, count)[-1]) + 1 if count else cursor
+
+
+def mixture_plan(mixture: Sequence[Mapping[str, Any]]) -> DataPlan:
+    """The plan of a new run with `data.mixture`. Raises ConfigError for an entry without weights."""
+    plan = DataPlan(mixture)
+    if any(entry.weights is None for entry in plan.entries):
+        raise ConfigError(f"data.mixture={list(mixture)} must be a list of {{from_sample, weights}}")
+    return plan
 
 
 def _entry(fields: Mapping[str, Any]) -> PlanEntry:

@@ -24,7 +24,7 @@ from data_prep.tokenizer import Tokenizer
 
 __all__ = ["Submitted", "page_of", "prepare", "split_of"]
 
-_NOT_IN_RECIPE = ("path", "sources", "overwrite", "workers", "prefetch_batches", "sampling", "pipeline")
+_NOT_IN_RECIPE = ("path", "sources", "overwrite", "workers", "prefetch_batches", "sampling", "mixture", "pipeline")
 _SUBMITTED = "submitted.json"
 
 

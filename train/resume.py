@@ -26,6 +26,7 @@ FREE = (
     "data.sources",
     "data.cleaning.",
     "data.pipeline.",
+    "data.mixture",  # what was consumed is kept (DataPlan.with_mixture)
     "data.task_bytes",
     "data.workers",
     "data.prefetch_batches",

@@ -18,7 +18,7 @@ from data_prep.cli import as_yaml
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError, RunFailed, Stopped
 from data_prep.loader import SampleStream, make_loader
-from data_prep.order import DataPlan
+from data_prep.order import DataPlan, mixture_plan
 from data_prep.samples import Sampler
 from train import backend, rules
 from train.arithmetic import flops_per_token, model_flops_utilization
@@ -79,7 +79,7 @@ class Trainer:
         self.consumed_samples = 0
         self.trained_samples = 0
         self.target_tokens = 0
-        self.plan = DataPlan()
+        self.plan = mixture_plan(config.data.mixture)
         self.batch_size_at = BatchSize.of(config)
         self.length = RunLength.of(config)
         self.stop = StopRequest()
@@ -198,7 +198,7 @@ class Trainer:
             self.consumed_samples = state["consumed_samples"]
             self.trained_samples = state["trained_samples"]
             self.target_tokens = state["target_tokens"]
-            self.plan = DataPlan(state["data_plan"])
+            self.plan = DataPlan(state["data_plan"]).with_mixture(self.config.data.mixture, self.consumed_samples)
             if self.mesh.rank == 0:
                 logger.info("resuming from %s", found)
         elif self.config.initialize_from is not None:

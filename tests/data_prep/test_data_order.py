@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import ConfigError
-from data_prep.order import DataPlan, Permutation, Schedule, quotas
+from data_prep.order import DataPlan, Permutation, Schedule, mixture_plan, quotas
 
 pytestmark = pytest.mark.unit
 
@@ -98,3 +98,23 @@ def test_skipped_ranges_are_never_trained_on(
 def test_a_malformed_plan_is_refused(entry: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="data plan"):
         DataPlan([entry])
+
+
+def test_a_mixture_changed_on_resume_holds_from_there_on() -> None:
+    """What was planned before the resumed sample stays, skips too; later entries come from the config."""
+    first = [{"from_sample": 0, "weights": {"a": 1.0}}, {"from_sample": 50, "weights": {"a": 1.0, "b": 1.0}}]
+    plan = mixture_plan(first)
+    assert plan.with_mixture([], 30) is plan
+    assert plan.with_mixture(first, 30).to_list() == first
+    assert plan.with_mixture(first, 70).to_list() == first
+    changed = [{"from_sample": 0, "weights": {"b": 1.0}}, {"from_sample": 90, "weights": {"a": 2.0}}]
+    skipping = DataPlan([*first, {"from_sample": 60, "skip": [61, 65]}])
+    assert skipping.with_mixture(changed, 70).to_list() == [
+        *first,
+        {"from_sample": 60, "skip": [61, 65]},
+        {"from_sample": 70, "weights": {"b": 1.0}},
+        {"from_sample": 90, "weights": {"a": 2.0}},
+    ]
+    assert skipping.with_mixture(changed, 95).to_list()[-1] == {"from_sample": 95, "weights": {"a": 2.0}}
+    with pytest.raises(ConfigError, match=r"data\.mixture=.* must be a list"):
+        mixture_plan([{"from_sample": 0, "skip": [1, 2]}])
