@@ -237,6 +237,12 @@ class EvaluationConfig:
     """Held-out samples a validation; the same ones each time."""
     blanks: int = 3
     """Blanks a language to fill in the report at the end."""
+    tasks: list[str] = field(default_factory=list)
+    """Task files, jsonl (see train/tasks.py), to run now and then while training."""
+    tasks_every_steps: int = 500
+    """Run the tasks each so many steps and at the end; 0 runs them at the end only."""
+    task_items: int | None = 200
+    """Items of each task to take, from its start; null means all."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     on_steps(records)      every logging.every_steps steps: one record a step, as metrics.jsonl holds them
     on_validation(record)  after a validation
+    on_tasks(record)       after evaluation.tasks were run
     on_event(record)       a spike, a skipped range, a roll-back, a save on a signal
     close(status)          once, at the end: "done", "stopped" or "failed"
 
@@ -32,6 +33,9 @@ class Observer(Protocol):
     def on_validation(self, record: Record) -> None:
         """A validation's result: step, loss, unigram_loss, by_language, by_kind."""
 
+    def on_tasks(self, record: Record) -> None:
+        """Results of evaluation.tasks: step, tasks (see `train.tasks.results`)."""
+
     def on_event(self, record: Record) -> None:
         """An event: id, step, from_sample, kind, seen, action."""
 
@@ -52,6 +56,10 @@ class MetricsObserver:
     def on_validation(self, record: Record) -> None:
         """Append to validation.jsonl."""
         self._folder.append("validation", [{"attempt": self._folder.attempt, **record}])
+
+    def on_tasks(self, record: Record) -> None:
+        """Append to tasks.jsonl."""
+        self._folder.append("tasks", [{"attempt": self._folder.attempt, **record}])
 
     def on_event(self, record: Record) -> None:
         """Append to events.jsonl and bring it to the disk: what went wrong must outlive what follows."""
@@ -115,6 +123,15 @@ class ProgressObserver:
             gap = unigram - record["loss"]
             against = f", {abs(gap):.3f} nat {'under' if gap >= 0 else 'over'} the unigram baseline's {unigram:.3f}"
         self._say(f"validation at step {record.get('step')}: loss {number(record.get('loss'), '.4f')}{against}")
+
+    def on_tasks(self, record: Record) -> None:
+        """One line that stays."""
+        accuracies = [
+            f"{name} by {way} {found['accuracy']:.3f}"
+            for name, task in record["tasks"].items()
+            for way, found in task["by_way"].items()
+        ]
+        self._say(f"tasks at step {record['step']}: {', '.join(accuracies)}")
 
     def on_event(self, record: Record) -> None:
         """One line that stays."""

@@ -48,6 +48,7 @@ class Run:
     metrics: list[Record]
     validation: list[Record]
     events: list[Record]
+    tasks: list[Record] = field(default_factory=list)
     fills: list[Record] = field(default_factory=list)
     evaluation: Record = field(default_factory=dict)
 
@@ -71,6 +72,7 @@ class Run:
             metrics=read_log(path / "metrics.jsonl"),
             validation=read_log(path / "validation.jsonl"),
             events=read_log(path / "events.jsonl"),
+            tasks=read_log(path / "tasks.jsonl"),
             fills=optional("fills.json", []),
             evaluation=optional("eval.json", {}),
         )
@@ -107,6 +109,11 @@ def page(run: Run) -> str:
             _fills(run.fills),
             "Held-out text that training never saw. Beside each answer, the probability given to the true words; the "
             "unigram baseline always answers with the most frequent piece.",
+        ),
+        section(
+            "Tasks",
+            chart_grid(_task_charts(run)),
+            "Accuracy on evaluation.tasks, scored at a [MASK] or as a continuation; dashes are what guessing gives.",
         ),
         section("How it ran", chart_grid(_running_charts(run))),
         section("Events", _events(run.events)),
@@ -231,6 +238,22 @@ def mean_over_groups(record: Record, part: int, name: str) -> float | None:
 def _entry(record: Record, key: str, name: str) -> Record:
     entry = (record.get(key) or {}).get(name)
     return entry if isinstance(entry, dict) else {"loss": entry}
+
+
+def _task_charts(run: Run) -> list[str]:
+    """Accuracy by step of each task, a line for each way to score it."""
+    charts = []
+    for name in sorted({name for record in run.tasks for name in record["tasks"]}):
+        found = [(record["step"], record["tasks"][name]) for record in run.tasks if name in record["tasks"]]
+        ways = sorted({way for _, task in found for way in task["by_way"]})
+        series = []
+        for color, way in enumerate(ways, start=1):
+            points: list[Point] = [(step, task["by_way"].get(way, {}).get("accuracy")) for step, task in found]
+            series.append(Series(KIND_NAMES.get(way, way), points, color, "dots"))
+        if "chance" in found[-1][1]:
+            series.append(Series("chance", [(step, task["chance"]) for step, task in found], 0, "dashed"))
+        charts.append(line_chart(name, series, note=f"{found[-1][1]['items']:,} items"))
+    return charts
 
 
 def _running_charts(run: Run) -> list[str]:

@@ -110,6 +110,12 @@ def _parallel(config: Config) -> None:
             f"parallel.pipeline_parallel={parallel.pipeline_parallel} leaves a stage without a layer of "
             f"model.num_layers={model.num_layers}; use at most {(model.num_layers + 2) // 2}"
         )
+    if config.evaluation.tasks and (parallel.pipeline_parallel > 1 or parallel.zero_stage == 3):
+        raise ConfigError(
+            f"evaluation.tasks needs the whole model in each replica, but parallel.pipeline_parallel="
+            f"{parallel.pipeline_parallel} and parallel.zero_stage={parallel.zero_stage} divide it; run them on the "
+            "checkpoints with train.evaluate"
+        )
     if parallel.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"parallel.zero_stage={parallel.zero_stage}; use 0, 1, 2 or 3")
     if parallel.zero_stage > 1 and parallel.pipeline_parallel > 1:
@@ -160,7 +166,13 @@ def _numbers(config: Config) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key}={value} must be more than 0")
-    for key in ("saving.every_steps", "saving.keep_every", "evaluation.every_steps", "optimizer.clip"):
+    for key in (
+        "saving.every_steps",
+        "saving.keep_every",
+        "evaluation.every_steps",
+        "evaluation.tasks_every_steps",
+        "optimizer.clip",
+    ):
         if get(config, key) < 0:
             raise ConfigError(f"{key}={get(config, key)} must not be negative; 0 switches it off")
     if schedule.warmup_samples > schedule.decay_samples:
@@ -168,8 +180,8 @@ def _numbers(config: Config) -> None:
             f"schedule.warmup_samples={schedule.warmup_samples} is more than "
             f"schedule.decay_samples={schedule.decay_samples}"
         )
-    for key in ("max_steps", "max_samples"):
-        if (limit := getattr(config, key)) is not None and limit < 1:
+    for key in ("max_steps", "max_samples", "evaluation.task_items"):
+        if (limit := get(config, key)) is not None and limit < 1:
             raise ConfigError(f"{key}={limit} must be at least 1")
     for pair in stability.embedding_gradient_shrink_schedule:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, int | float) for part in pair)):

@@ -4,6 +4,7 @@
     environment.json                     versions, device, git revision and command of the newest attempt
     lock                                 held while a run lives (`train.run_lock`)
     metrics.jsonl, validation.jsonl      one object a step
+    tasks.jsonl                          the same, for evaluation.tasks
     events.jsonl                         what happened, append-only
     discarded/                           lines that a resume or a roll-back took out, and torn ends of files
 
@@ -29,9 +30,9 @@ from data_prep.errors import ConfigError, DataError
 from data_prep.files import sync_folder, write_bytes, write_error, write_json
 from train.run_lock import RunLock
 
-LOGS = ("metrics", "validation", "events")
+LOGS = ("metrics", "validation", "tasks", "events")
 """Names that `append` and `read` take."""
-REWOUND = ("metrics", "validation")
+REWOUND = ("metrics", "validation", "tasks")
 """Logs whose lines beyond a step are moved aside by `rewind`; events are never taken back."""
 
 COMMAND_VARIABLE = "TIANKONG_COMMAND"
@@ -145,7 +146,7 @@ class RunFolder:
                 raise write_error(self._file(name), error) from error
 
     def rewind(self, step: int) -> int:
-        """Move lines of metrics and validation beyond `step` to discarded/; returns how many were moved.
+        """Move lines of metrics, validation and tasks beyond `step` to discarded/; returns how many were moved.
 
         They land in `discarded/<name>.attempt-K.jsonl`, K being the attempt that moves them.
         """

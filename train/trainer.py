@@ -39,6 +39,7 @@ from train.run_folder import RunFolder, command_line
 from train.schedule import BatchSize, RunLength, embedding_shrink, learning_rate
 from train.scores import loss_by_group, targets, targets_by_group
 from train.signals import StopRequest
+from train.task_evaluation import TaskEvaluation
 from train.validation import Validation
 from train.wandb_observer import WandbObserver
 
@@ -136,6 +137,8 @@ class Trainer:
                 self._read_pending()
             if self._due(self.config.evaluation.every_steps):
                 self._validate()
+            if self._due(self.config.evaluation.tasks_every_steps):
+                self._run_tasks()
             if self._due(self.config.saving.every_steps):
                 self._save()
             # The next step's time starts here: validation and saving are not part of it.
@@ -145,6 +148,8 @@ class Trainer:
                 return
         if self.step > first_step and self._validated_step != self.step:
             self._validate()
+        if self.step > first_step:
+            self._run_tasks()
 
     def _start(self) -> None:
         config = self.config
@@ -166,6 +171,7 @@ class Trainer:
         if config.evaluation.every_steps:
             self.held_out = together(self.mesh, lambda: _held_out(config, self.dataset))
             self.validation = Validation(self.held_out, config.evaluation.samples, self.engine)
+        self.tasks = TaskEvaluation(config, self.engine, self.dataset.tokenizer) if config.evaluation.tasks else None
         self._flops = flops_per_token(config.model, config.sequence_length)
         self._device_name = config.cluster.hardware or backend.device_name()
         on_rank_zero(self.mesh, self._start_observers)
@@ -326,6 +332,14 @@ class Trainer:
         self._validated_step = self.step
         for observer in self.observers:
             observer.on_validation(record)
+
+    def _run_tasks(self) -> None:
+        if self.tasks is None or self.tasks.last_step == self.step:
+            return
+        self.heart.now("validate")
+        record = self.tasks.run(self.step)
+        for observer in self.observers:
+            observer.on_tasks(record)
 
     def _save(self) -> None:
         self._read_pending()

@@ -56,6 +56,10 @@ class WandbObserver:
         """Curves under `validation/`."""
         self._put("log", flat(record, "validation/"))
 
+    def on_tasks(self, record: dict[str, Any]) -> None:
+        """Curves under `tasks/`."""
+        self._put("log", flat(record, "tasks/"))
+
     def on_event(self, record: dict[str, Any]) -> None:
         """An alert with the event's kind."""
         self._put("event", record)

@@ -168,6 +168,7 @@ def test_checkpoint_stands_for_saving():
 
 BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     *[(key, {key.replace(".", "__"): "nonsense"}, None) for key in CHOICES],
+    ("evaluation.tasks", {"evaluation__tasks": ["t.jsonl"], "parallel__zero_stage": 3}, None),
     *[
         (f"model.{name}", {f"model__{name}": 0}, None)
         for name in (
