@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from omegaconf import MISSING  # noqa: E402
 
 from launch.plan_config import PlannerConfig  # noqa: E402
+from launch.simulate import SimulationConfig  # noqa: E402
 from train.config import CHOICES, Config  # noqa: E402
 
 TARGET = ROOT / "docs" / "config.md"
@@ -29,11 +30,12 @@ def reference() -> str:
         "",
         "Written by `make docs` from the schemas in `train/`, `data_prep/`, `kernels/` and `launch/`. Values come from",
         "the files in `configs/`; the default below is what holds where none of them sets the key.",
-        "`python -m train … --cfg job` prints what a run would use; `planner.*` belongs to `python -m launch.plan`.",
+        "`python -m train … --cfg job` prints what a run would use; `planner.*` belongs to `python -m launch.plan`,",
+        "`simulation.*` to `python -m launch.simulate`.",
     ]
     groups = [(item.name, item.type) for item in dataclasses.fields(Config) if _is_group(item.type)]
     lines += _table("", Config)
-    for name, schema in [*groups, ("planner", PlannerConfig)]:
+    for name, schema in [*groups, ("planner", PlannerConfig), ("simulation", SimulationConfig)]:
         lines += _table(f"{name}.", schema)
     return "\n".join(lines) + "\n"
 

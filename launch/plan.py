@@ -83,7 +83,7 @@ def run(config: PlanConfig) -> int:
 
 def make_plan(config: PlanConfig) -> dict[str, Any]:
     """The whole plan as plain data. Raises ConfigError where a figure is missing or nothing fits."""
-    _check(config)
+    check_plan(config)
     cluster = cluster_of(config)
     shares = shares_of(config)
     plan: dict[str, Any] = {
@@ -239,7 +239,8 @@ def tokens_of(config: PlanConfig) -> float:
     return config.tokens or float((config.max_samples or config.schedule.decay_samples) * config.sequence_length)
 
 
-def _check(config: PlanConfig) -> None:
+def check_plan(config: PlanConfig) -> None:
+    """Raise ConfigError for a shape that the trainer refuses, or an assumption that makes no sense."""
     check_shape(config)
     planner = config.planner
     positive = {f"planner.{name}": value for name, value in vars(planner).items() if not isinstance(value, bool)}
