@@ -69,6 +69,11 @@ def memory() -> dict[str, int]:
     return {"memory_peak_bytes": peak, "memory_reserved_bytes": reserved}
 
 
+def synchronize() -> None:
+    """Wait until this rank's device has done all it was given."""
+    get_accelerator().synchronize()
+
+
 def world_size() -> int:
     """Ranks that the launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -210,6 +210,9 @@ class SavingConfig:
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Steps whose multiples are kept for ever; 0 keeps none beyond keep_last."""
+    asynchronous: bool = True
+    """Write files in the background from a copy in host memory (what this rank saves, up to 14 bytes a parameter);
+    false makes the step wait for the disk."""
 
 
 @dataclass

@@ -173,6 +173,10 @@ class Engine:
         """The pieces of master weights and optimizer states that this rank owns; see `train.fragments`."""
         return local_fragments(self.deepspeed.optimizer, self.model, self.mesh, self.zero_stage)
 
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        backend.synchronize()
+
     def scaler_state(self) -> dict[str, Any]:
         """State of the dynamic loss scaler, plain numbers; empty without one."""
         if self.dtype != torch.float16:
@@ -223,10 +227,11 @@ class Engine:
             high.fill_(torch.iinfo(torch.int64).min)
         torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=group)
         torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=group)
-        if not torch.equal(low, high):
+        replicas = gather(self.mesh, None if torch.equal(low, high) else self.mesh.data_rank)
+        if differing := sorted({replica for replica in replicas if replica is not None}):
             raise RunFailed(
-                f"data-parallel rank {self.mesh.data_rank}: its stages or tensor-parallel ranks read different "
-                "batches; check that all nodes see the same data.path and the same files"
+                f"data-parallel rank {differing[0]}: its stages or tensor-parallel ranks read different batches; "
+                "check that all nodes see the same data.path and the same files"
             )
 
 

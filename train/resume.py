@@ -1,14 +1,14 @@
 """Where a run starts from, and which keys may differ between a checkpoint's config and the one that resumes it."""
 
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError
 from train.checkpoint import read
-from train.checkpoint.select import damage, find, tokenizer_sha256
+from train.checkpoint.inspect import flat
+from train.checkpoint.select import damage, find, read_state, tokenizer_sha256
 from train.collective import together
 from train.config import Config
 from train.mesh import Mesh
@@ -58,7 +58,7 @@ def _check_checkpoint(config: Config, mesh: Mesh, dataset: Dataset, yaml: str, f
     read.check_layout(found, layout, reshape=config.resume.reshape)
     check_same(yaml, found / "config.yaml", config.resume.allow)
     _check_tokenizer(dataset, found)
-    if read.read_state(found)["dataset"] != dataset.digest and "data.path" not in config.resume.allow:
+    if read_state(found)["dataset"] != dataset.digest and "data.path" not in config.resume.allow:
         raise ConfigError(
             f"data.path={config.data.path} holds other data than {found} was trained on; use that dataset, or "
             "go on with this one by resume.allow=[data.path]"
@@ -95,13 +95,3 @@ def check_same(now: str, before: Path, allow: list[str]) -> None:
             f"{key}={current.get(key)}, but the checkpoint in {before.parent} was made with {key}={then.get(key)}; "
             f"put it back, allow it with resume.allow=[{key}], or start a new run_dir"
         )
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested dictionaries."""
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    items: dict[str, Any] = {}
-    for key, value in tree.items():
-        items |= flat(value, f"{prefix}{key}.")
-    return items

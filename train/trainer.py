@@ -24,6 +24,7 @@ from train import backend, rules
 from train.arithmetic import flops_per_token, model_flops_utilization
 from train.checkpoint import read, write
 from train.checkpoint.pieces import PieceReader
+from train.checkpoint.saver import Saver
 from train.checkpoint.select import find
 from train.collective import any_rank, on_rank_zero, together
 from train.config import Config
@@ -101,12 +102,17 @@ class Trainer:
                 self._read_pending()
                 if self.step != self._saved_step:
                     self._save()
+                self.saver.finish()
             # Decided by the step, which all ranks share: a signal after the last one stops nothing.
             if not self.length.reached(self.step, self.consumed_samples):
                 status = "stopped"
                 reason = self.stop.name or "a signal to another rank"
                 raise Stopped(f"stopped by {reason} after step {self.step}; resume with: {command_line()}")
             status = "done"
+        except RunFailed:
+            # All ranks raise it together: a save that is under way still gets whole.
+            self.saver.finish()
+            raise
         finally:
             for observer in self.observers:
                 observer.close(status)
@@ -141,6 +147,7 @@ class Trainer:
                 self._run_tasks()
             if self._due(self.config.saving.every_steps):
                 self._save()
+            self.saver.poll()
             # The next step's time starts here: validation and saving are not part of it.
             clock = time.perf_counter()
             self.heart.now("data", self.step)
@@ -159,6 +166,14 @@ class Trainer:
         self.engine = Engine.start(config, self.mesh)
         self.heart.now("checkpoint")
         self._resume(found)
+        self.saver = Saver(
+            self.engine,
+            self.run_dir,
+            config.saving,
+            config_yaml=self.yaml,
+            tokenizer=self.dataset.folder / "tokenizer",
+            before_commit=lambda: self.folder.flush() if self.folder is not None else None,
+        )
         self.heart.now("data", self.step)
         self.sampler = Sampler(
             self.dataset,
@@ -344,7 +359,6 @@ class Trainer:
     def _save(self) -> None:
         self._read_pending()
         self.heart.now("save")
-        on_rank_zero(self.mesh, lambda: self.folder.flush() if self.folder is not None else None)
         state = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
@@ -356,18 +370,8 @@ class Trainer:
             "optimizer_steps": adam_steps(self.engine.deepspeed.optimizer),
             "loss_scaler": self.engine.scaler_state(),
         }
-        write.save(
-            self.engine,
-            self.run_dir,
-            self.step,
-            state,
-            config_yaml=self.yaml,
-            tokenizer=self.dataset.folder / "tokenizer",
-        )
+        self.saver.start(state)
         self._saved_step = self.step
-        on_rank_zero(
-            self.mesh, lambda: write.prune(self.run_dir, self.config.saving.keep_last, self.config.saving.keep_every)
-        )
 
     def _finish(self) -> None:
         """Blanks filled from the last checkpoint, and the report; on rank 0."""

@@ -9,12 +9,16 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_prep.errors import DataError
-from train.checkpoint import pieces
+from data_prep.files import checksum
+from train.checkpoint import tensor_file
 from train.checkpoint.pieces import Piece, PieceReader, save_pieces
-from train.checkpoint.select import checkpoint_steps, damage, find, read_manifest, step_folder
+from train.checkpoint.read import choose
+from train.checkpoint.select import checkpoint_steps, damage, damages, find, read_manifest, step_folder
 from train.checkpoint.write import prune
+from train.mesh import Mesh
 from train.model.build import stage_bounds
 from train.model.parameters import Layout, split
 
@@ -59,28 +63,31 @@ def test_a_missing_parameter_or_another_shape_is_named(tmp_path: Path) -> None:
         reader.local("weight", Layout("final_norm.weight", (16,)))
 
 
-def test_every_flipped_byte_is_found(tiny_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "step"
-    shutil.copytree(find(tiny_run), folder)
-    assert damage(folder) is None
+def test_every_flipped_byte_is_found(tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    folder, before = step_folder(run, 40), step_folder(run, 20)
+    assert choose(Mesh.single(), run) == folder
     generator = random.Random(5)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-    assert len(files) >= 5
-    for path in generator.choices(files, k=40):
-        content = bytearray(path.read_bytes())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) >= 6
+    for path in [*files, *generator.choices(files, k=100 - len(files))]:
+        content = path.read_bytes()
         place = generator.randrange(len(content))
-        content[place] ^= 1 << generator.randrange(8)
-        before = path.read_bytes()
+        path.write_bytes(content[:place] + bytes([content[place] ^ generator.randrange(1, 256)]) + content[place + 1 :])
+        caplog.clear()
+        assert choose(Mesh.single(), run) == before
+        assert f"{path} is damaged" in caplog.text
+        assert [str(path) in message for message in damages(folder)] == [True]
         path.write_bytes(content)
-        assert str(path) in str(damage(folder))
-        path.write_bytes(before)
     for path in files:
-        moved = path.rename(path.with_suffix(".gone"))
-        assert f"{path} is missing" in str(damage(folder))
-        moved.rename(path)
+        if path.name != "manifest.json":
+            moved = path.rename(path.with_suffix(".gone"))
+            assert f"{path} is missing" in str(damage(folder))
+            moved.rename(path)
     with files[0].open("ab") as file:
         file.write(b"x")
-    assert "bytes where its manifest says" in str(damage(folder))
+    assert str(files[0]) in str(damage(folder))
 
 
 def test_an_unfinished_checkpoint_is_never_picked(tiny_run: Path, tmp_path: Path) -> None:
@@ -123,12 +130,30 @@ def test_prune_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     piece = Piece("weight", Layout("final_norm.weight", (8,)), 0, 8)
-    full = OSError(28, "No space left on device", str(tmp_path / "rank_0.safetensors"))
+    full = OSError(28, "No space left on device")
     with (
-        mock.patch.object(pieces, "save_file", side_effect=full),
-        pytest.raises(DataError, match=r"rank_0\.safetensors.*(space|full)"),
+        mock.patch.object(tensor_file.os, "fsync", side_effect=full),
+        pytest.raises(DataError, match=r"rank_0\.safetensors.*disk is full"),
     ):
         save_pieces(tmp_path / "rank_0.safetensors", [(piece, torch.ones(8))])
+
+
+def test_files_are_what_the_library_reads(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"weight|名前.{size}": torch.randn(size, generator=generator).to(dtype)
+        for size, dtype in ((7, torch.bfloat16), (0, torch.float32), (3_000_001, torch.float32), (5, torch.float16))
+    }
+    entry = tensor_file.write_tensors(tmp_path / "a.safetensors", tensors, {"pieces": "{}"})
+    assert entry == {
+        "bytes": (tmp_path / "a.safetensors").stat().st_size,
+        "checksum": checksum(tmp_path / "a.safetensors"),
+    }
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
 
 
 def test_the_manifest_lists_every_file(tiny_run: Path) -> None:

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from tests.conftest import ROOT, Command
 from train.checkpoint.pieces import PieceReader
-from train.checkpoint.select import checkpoint_steps, step_folder
+from train.checkpoint.select import checkpoint_steps, damage, step_folder
 
 pytestmark = pytest.mark.e2e
 STEPS = 24
@@ -93,6 +94,38 @@ def test_a_killed_run_repeats_itself_bit_for_bit(
     assert steps_written(tmp_path / "run") < STEPS
     command("train", *overrides, f"run_dir={tmp_path / 'run'}")
     assert lines(tmp_path / "run") == lines(whole_run)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("kills", "steps"), [(2, STEPS), pytest.param(10, 80, marks=pytest.mark.slow)])
+def test_kills_during_saves_lose_nothing(
+    kills: int, steps: int, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    """A save each step, so that every moment is one of a save; one rank is killed, or all with their launcher."""
+    generator, run_dir, whole = random.Random(), tmp_path / "run", tmp_path / "whole"
+    overrides = [*overrides, f"max_steps={steps}"]
+    command("train", *overrides, f"run_dir={whole}", "saving.every_steps=0")
+    words = [*overrides, "cluster.processes=2", "saving.every_steps=1", "logging.every_steps=1"]
+    for kill in range(kills):
+        before = checkpoint_steps(run_dir)
+        process = started(words, run_dir, "launch")
+        wanted = steps_written(run_dir) + generator.randrange(1, 3)
+        wait_for(lambda wanted=wanted: steps_written(run_dir) >= wanted, process)  # type: ignore[misc]
+        time.sleep(generator.random() * 0.1)
+        if kill % 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            generator.choice(psutil.Process(process.pid).children()).kill()
+        process.communicate()
+        assert process.returncode != 0
+        assert steps_written(run_dir) < steps
+        # What has its name is whole; nothing that was whole is gone.
+        assert all(damage(step_folder(run_dir, step)) is None for step in checkpoint_steps(run_dir))
+        assert max(checkpoint_steps(run_dir), default=0) >= max(before, default=0)
+    command("launch", *words, f"run_dir={run_dir}")
+    for line, other in zip(lines(run_dir), lines(whole), strict=True):
+        assert line.pop("loss_by_group") == pytest.approx(other.pop("loss_by_group"), rel=1e-5)
+        assert line == pytest.approx(other, rel=1e-5)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(

@@ -5,6 +5,7 @@
                              manifest.json (last: files, bytes, checksums, layout)
     latest                   name of the newest whole one
 
-`pieces.py` says how a tensor lies in the files, `write.py` and `read.py` do what they are called, `select.py` finds the
-newest good one.
+`pieces.py` says how a tensor lies in the files, `write.py` and `read.py` do what they are called, `saver.py` does the
+former while training goes on, `select.py` finds the newest good one, `inspect.py` looks at any of them
+(`python -m train.checkpoint`).
 """

@@ -10,7 +10,6 @@ Each file's safetensors header says where its pieces belong, so that any layout 
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.errors import DataError
-from data_prep.files import write_error
+from train.checkpoint.tensor_file import write_tensors
 from train.model.parameters import Layout
 
 KINDS = ("weight", "master", "exp_avg", "exp_avg_sq")
@@ -49,20 +47,16 @@ class Piece:
         return {"shape": layout.full_shape, "dim": layout.dim, "blocks": layout.blocks, "start": self.start}
 
 
-def save_pieces(path: Path, pieces: Iterable[tuple[Piece, Tensor]]) -> None:
-    """Write one file and flush it to disk. Tensors are flattened; a full disk is a DataError naming the path."""
+def save_pieces(path: Path, pieces: Iterable[tuple[Piece, Tensor]]) -> dict[str, Any]:
+    """Write one file of flattened CPU tensors and flush it to disk; returns its entry for the manifest.
+
+    A full disk is a DataError naming the path.
+    """
     tensors, places = {}, {}
     for piece, tensor in pieces:
-        tensors[piece.key] = tensor.detach().reshape(-1).to("cpu", copy=True)
+        tensors[piece.key] = tensor.reshape(-1)
         places[piece.key] = piece.describe()
-    try:
-        save_file(tensors, path, metadata={"pieces": json.dumps(places)})
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise write_error(path, error) from error
-    except SafetensorError as error:
-        raise DataError(f"{path}: could not be written ({error}); free space or use another run_dir") from error
+    return write_tensors(path, tensors, {"pieces": json.dumps(places)})
 
 
 class PieceReader:

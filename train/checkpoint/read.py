@@ -1,6 +1,5 @@
 """Loading: the newest checkpoint whose checksums hold, into any layout."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 
 from data_prep.errors import ConfigError, DataError
 from train.checkpoint.pieces import PieceReader
-from train.checkpoint.select import checkpoint_steps, damage, find, read_manifest, step_folder
+from train.checkpoint.select import checkpoint_steps, damage, find, read_manifest, read_state, step_folder
 from train.collective import gather, on_rank_zero
 from train.engine import Engine
 from train.fragments import set_adam_steps
@@ -86,16 +85,6 @@ def load_weights(engine: Engine, reader: PieceReader) -> None:
                     parameter.ds_tensor.narrow(0, 0, part.numel()).copy_(part)  # type: ignore[attr-defined]
             if engine.zero_stage != 3:
                 parameter.copy_(local)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """`trainer_state.json` of a checkpoint; raises DataError naming it."""
-    path = folder / "trainer_state.json"
-    try:
-        state: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from error
-    return state
 
 
 def check_layout(folder: Path, now: dict[str, int], *, reshape: bool) -> None:

@@ -1,4 +1,8 @@
-"""Saving: every rank writes its pieces into a `.partial` folder, which gets its real name only when it is whole."""
+"""The pieces of a save: what a rank copies, the files it writes from the copy, and the commit that makes them count.
+
+`train.checkpoint.saver` puts them in order. All ranks write into a `.partial` folder, which gets its real name only
+when it is whole.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -8,37 +12,97 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.errors import DataError
 from data_prep.files import checksum, sync_folder, write_bytes, write_json
 from train.checkpoint.pieces import Piece, save_pieces
-from train.checkpoint.select import LATEST, checkpoint_steps, step_folder
-from train.collective import gather, on_rank_zero, together
+from train.checkpoint.select import LATEST, MANIFEST, checkpoint_steps, step_folder, write_manifest
 from train.engine import Engine
 from train.model.build import named_layouts
 
 VERSION = 1
+Staged = dict[str, list[tuple[Piece, Tensor]]]
+"""This rank's share of a checkpoint in host memory, by part: `model`, `optimizer`."""
 
 
-def save(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], *, config_yaml: str, tokenizer: Path) -> Path:
-    """Write checkpoint `step` of a run; all ranks call it together. Returns its folder.
+class Staging:
+    """Host memory that a save is copied into, so that training may change the originals while files are written.
 
-    state: what `trainer_state.json` keeps (plain JSON). tokenizer: folder of the dataset's tokenizer, copied along.
-    Raises DataError on every rank where any rank failed to write; the half-written folder is removed, and `latest`
-    still names the one before.
+    Page-locked on accelerators, which makes the copy as fast as the bus; kept from save to save, since page-locking is
+    slow. It holds what this rank writes: with half precision up to 14 bytes for each of its parameters.
     """
-    mesh = engine.mesh
-    final = step_folder(run_dir, step)
-    partial = final.with_name(final.name + ".partial")
-    try:
-        on_rank_zero(mesh, lambda: _make_folders(partial))
-        files = together(mesh, lambda: _write_pieces(engine, partial))
-        every = {name: entry for part in gather(mesh, files) for name, entry in part.items()}
-        on_rank_zero(mesh, lambda: _finish(engine, partial, final, step, state, every, config_yaml, tokenizer))
-    except DataError:
-        if mesh.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+
+    def __init__(self, device: torch.device) -> None:
+        self._pin = device.type != "cpu"
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, engine: Engine) -> Staged:
+        """This rank's pieces as they are now. The one part of a save that the training step waits for."""
+        staged = {
+            part: [(piece, self._start(piece, tensor)) for piece, tensor in pieces]
+            for part, pieces in (("model", _weights(engine)), ("optimizer", _states(engine)))
+        }
+        engine.synchronize()
+        return staged
+
+    def _start(self, piece: Piece, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(piece.key)
+        if buffer is None or buffer.shape != (tensor.numel(),) or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=self._pin)
+            self._buffers[piece.key] = buffer
+        return buffer.copy_(tensor.detach().reshape(-1), non_blocking=self._pin)
+
+
+def make_folders(partial: Path) -> None:
+    """An empty `.partial` folder; what a killed save left there goes."""
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in ("model", "optimizer", "tokenizer"):
+        (partial / part).mkdir(parents=True)
+
+
+def write_files(partial: Path, rank: int, staged: Staged) -> dict[str, dict[str, Any]]:
+    """Write this rank's files; returns their entries for the manifest, by name."""
+    names = {f"{part}/rank_{rank:05d}.safetensors": pieces for part, pieces in staged.items() if pieces}
+    return {name: save_pieces(partial / name, pieces) for name, pieces in names.items()}
+
+
+def commit(
+    run_dir: Path,
+    state: dict[str, Any],
+    files: dict[str, dict[str, Any]],
+    *,
+    layout: dict[str, int],
+    dtype: str,
+    config_yaml: str,
+    tokenizer: Path,
+) -> None:
+    """Add the small files and the manifest to a whole `.partial` folder, give it its name, and switch `latest`.
+
+    state: what `trainer_state.json` keeps (plain JSON), with the step. files: the entries of all ranks' files.
+    tokenizer: folder of the dataset's tokenizer, copied along.
+    """
+    final = step_folder(run_dir, state["step"])
+    partial = partial_folder(final)
+    write_json(partial / "trainer_state.json", state)
+    write_bytes(partial / "config.yaml", config_yaml.encode())
+    small = [partial / "trainer_state.json", partial / "config.yaml"]
+    for source in sorted(path for path in tokenizer.iterdir() if path.is_file()):
+        write_bytes(partial / "tokenizer" / source.name, source.read_bytes())
+        small.append(partial / "tokenizer" / source.name)
+    entries = {str(path.relative_to(partial)): _entry(path) for path in small} | files
+    for folder in (partial / "model", partial / "optimizer", partial / "tokenizer"):
+        sync_folder(folder)
+    manifest = {"version": VERSION, "step": state["step"], "layout": layout, "dtype": dtype}
+    write_manifest(partial, {**manifest, "files": dict(sorted(entries.items()))})
+    if final.exists():
+        # Left without its manifest by a removal that was killed.
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+    write_bytes(final.parent / LATEST, (final.name + "\n").encode())
+
+
+def partial_folder(final: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return final.with_name(final.name + ".partial")
 
 
 def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
@@ -46,10 +110,10 @@ def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
     for step in checkpoint_steps(run_dir)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             # Without its manifest a folder that is only half removed cannot be taken for whole.
-            (step_folder(run_dir, step) / "manifest.json").unlink(missing_ok=True)
+            (step_folder(run_dir, step) / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(step_folder(run_dir, step), ignore_errors=True)
     for folder in (run_dir / "checkpoints").glob("step_*"):
-        if not (folder / "manifest.json").is_file() or folder.suffix == ".partial":
+        if not (folder / MANIFEST).is_file() or folder.suffix == ".partial":
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -67,40 +131,20 @@ def set_aside(run_dir: Path, step: int, attempt: int) -> None:
     write_bytes(run_dir / "checkpoints" / LATEST, (step_folder(run_dir, step).name + "\n").encode())
 
 
-def _make_folders(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in ("model", "optimizer", "tokenizer"):
-        (partial / part).mkdir(parents=True)
-
-
-def _write_pieces(engine: Engine, partial: Path) -> dict[str, dict[str, Any]]:
-    """This rank's files, by name, with bytes and checksum."""
-    mesh = engine.mesh
-    paths = []
-    if engine.zero_stage == 3:
-        weights = _zero3_weights(engine)
-    else:
-        weights = _weights(engine) if mesh.data_rank == 0 else iter(())
-    for part, pieces in (("model", weights), ("optimizer", _states(engine))):
-        found = list(pieces)
-        if found:
-            paths.append(partial / part / f"rank_{mesh.rank:05d}.safetensors")
-            save_pieces(paths[-1], found)
-    return {str(path.relative_to(partial)): _entry(path) for path in paths}
-
-
 def _weights(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
+    """The compute-dtype weights that this rank saves: whole shards, or the ranges that ZeRO-3 left it."""
+    if engine.zero_stage == 3:
+        for fragment in engine.fragments():
+            if fragment.owner:
+                stored = fragment.parameter.ds_tensor.narrow(0, 0, fragment.master.numel())  # type: ignore[attr-defined]
+                yield Piece("weight", fragment.layout, fragment.start, stored.numel()), stored
+        return
+    if engine.mesh.data_rank > 0:
+        return
     for layout, parameter in named_layouts(engine.model.parameters()):
         replica = getattr(parameter, "ds_pipe_replicated", False)
         if not replica and (layout.dim is not None or engine.mesh.tensor_rank == 0):
             yield Piece("weight", layout, 0, parameter.numel()), parameter
-
-
-def _zero3_weights(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
-    for fragment in engine.fragments():
-        if fragment.owner:
-            stored = fragment.parameter.ds_tensor.narrow(0, 0, fragment.master.numel())  # type: ignore[attr-defined]
-            yield Piece("weight", fragment.layout, fragment.start, stored.numel()), stored
 
 
 def _states(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
@@ -113,42 +157,6 @@ def _states(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
             tensors["master"] = fragment.master
         for kind, tensor in tensors.items():
             yield Piece(kind, fragment.layout, fragment.start, tensor.numel()), tensor
-
-
-def _finish(
-    engine: Engine,
-    partial: Path,
-    final: Path,
-    step: int,
-    state: dict[str, Any],
-    files: dict[str, dict[str, Any]],
-    config_yaml: str,
-    tokenizer: Path,
-) -> None:
-    write_json(partial / "trainer_state.json", state)
-    write_bytes(partial / "config.yaml", config_yaml.encode())
-    small = [partial / "trainer_state.json", partial / "config.yaml"]
-    for source in sorted(path for path in tokenizer.iterdir() if path.is_file()):
-        write_bytes(partial / "tokenizer" / source.name, source.read_bytes())
-        small.append(partial / "tokenizer" / source.name)
-    files |= {str(path.relative_to(partial)): _entry(path) for path in small}
-    layout = {**engine.mesh.describe(), "zero_stage": engine.zero_stage}
-    manifest = {
-        "version": VERSION,
-        "step": step,
-        "layout": layout,
-        "dtype": engine.config.precision.dtype,
-        "files": dict(sorted(files.items())),
-    }
-    write_json(partial / "manifest.json", manifest)
-    for folder in (partial / "model", partial / "optimizer", partial / "tokenizer", partial):
-        sync_folder(folder)
-    if final.exists():
-        # Left without its manifest by a removal that was killed.
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync_folder(final.parent)
-    write_bytes(final.parent / LATEST, (final.name + "\n").encode())
 
 
 def _entry(path: Path) -> dict[str, Any]:

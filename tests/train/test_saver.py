@@ -1,0 +1,118 @@
+"""Saves in the background: training goes on meanwhile, what is saved is the step it was begun at, errors reach all."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from data_prep.errors import DataError
+from tests.train.parity import LR, in_ranks, my_batches, start_engine
+
+pytestmark = pytest.mark.distributed
+WORLD = 2
+
+
+def test_training_goes_on_while_files_are_written(tmp_path: Path) -> None:
+    committed, saved, later = in_ranks(WORLD, _blocked, str(tmp_path))
+    assert committed == [False, True]
+    assert saved == [True] * len(saved)
+    assert not any(later)
+
+
+def test_an_error_in_one_ranks_thread_reaches_all_ranks(tmp_path: Path) -> None:
+    errors, kept = in_ranks(WORLD, _failing, str(tmp_path))
+    assert len(set(errors)) == 1
+    assert "rank_00001.safetensors: the disk is full" in errors[0]
+    assert kept == ["latest", "step_00000001"]
+
+
+def _blocked(run_dir: str) -> tuple[list[bool], list[bool], list[bool]]:
+    """A save whose second rank is slow: is it committed before and after, does it hold the step it was begun at?"""
+    from train.checkpoint import write
+    from train.checkpoint.pieces import PieceReader
+    from train.checkpoint.select import checkpoint_steps, find
+
+    engine = start_engine([])
+    saver = _saver(engine, run_dir)
+    step = _stepper(engine)
+    step(0)
+    before = _weights(engine)
+    written, released = write.write_files, threading.Event()
+
+    def slow(*settings: Any) -> Any:
+        assert engine.mesh.rank == 0 or released.wait(60)
+        return written(*settings)
+
+    with mock.patch.object(write, "write_files", slow):
+        saver.start(_state(1))
+        for number in (1, 2, 3):
+            step(number)
+            saver.poll()
+        committed = [bool(checkpoint_steps(Path(run_dir)))]
+        released.set()
+        assert saver.finish()
+        assert not saver.finish()
+    committed.append(checkpoint_steps(Path(run_dir)) == [1])
+    reader = PieceReader(find(run_dir))
+    after = _weights(engine)
+    names = reader.names("weight")
+    saved = [torch.equal(reader.full("weight", name), before[name]) for name in names]
+    return committed, saved, [torch.equal(before[name], after[name]) for name in names]
+
+
+def _failing(run_dir: str) -> tuple[list[str], list[str]]:
+    """The second save's file does not fit on the second rank's disk."""
+    from train.checkpoint import tensor_file
+    from train.collective import gather
+
+    engine = start_engine([])
+    saver = _saver(engine, run_dir)
+    step = _stepper(engine)
+    step(0)
+    saver.start(_state(1))
+    assert saver.finish()
+    full = mock.patch.object(tensor_file.os, "fsync", side_effect=OSError(28, "No space left on device"))
+    said = "nothing"
+    if engine.mesh.rank == 1:
+        full.start()
+    saver.start(_state(2))
+    try:
+        for number in range(1, 1000):
+            step(number)
+            saver.poll()
+    except DataError as error:
+        said = str(error)
+    finally:
+        if engine.mesh.rank == 1:
+            full.stop()
+    errors = gather(engine.mesh, said)
+    return errors, sorted(path.name for path in (Path(run_dir) / "checkpoints").iterdir())
+
+
+def _weights(engine: Any) -> dict[str, torch.Tensor]:
+    from train.model.build import named_layouts
+
+    return {layout.name: parameter.detach().clone() for layout, parameter in named_layouts(engine.model.parameters())}
+
+
+def _saver(engine: Any, run_dir: str) -> Any:
+    from train.checkpoint.saver import Saver
+    from train.config import SavingConfig
+
+    tokenizer = Path(run_dir) / "tokenizer"
+    tokenizer.mkdir(exist_ok=True)
+    return Saver(
+        engine, Path(run_dir), SavingConfig(), config_yaml="seed: 3\n", tokenizer=tokenizer, before_commit=lambda: None
+    )
+
+
+def _stepper(engine: Any) -> Callable[[int], Any]:
+    return lambda number: engine.step(my_batches(engine, number * 8, 8), LR, 1.0)
+
+
+def _state(step: int) -> dict[str, Any]:
+    return {"step": step, "optimizer_steps": step, "loss_scaler": {}}
