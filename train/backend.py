@@ -237,6 +237,12 @@ def _settings(config: Config, mesh: Mesh, model: Model) -> dict[str, Any]:
         # It would wait for the device round each micro-batch.
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
+        # Between stages DeepSpeed sends each tensor-parallel rank a piece of what it takes for the same tensor on all
+        # of them, and gathers it; shares of the sequence differ, and are pieces already.
+        "pipeline": {
+            "pipe_partitioned": not parallel.sequence_parallel,
+            "grad_partitioned": not parallel.sequence_parallel,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

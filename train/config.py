@@ -102,6 +102,9 @@ class ParallelConfig:
     """Ranks that share each layer's matrices."""
     pipeline_parallel: int = 1
     """Stages that share the list of layers; more than one means 1F1B and zero_stage <= 1."""
+    sequence_parallel: bool = False
+    """Give each tensor-parallel rank a share of the sequence between the matrix products: less memory for activations,
+    the same traffic. sequence_length must divide by tensor_parallel."""
     zero_stage: int = 1
     """0 plain, 1 optimizer states, 2 and gradients, 3 and parameters divided over the data-parallel ranks."""
     activation_checkpointing: str = "none"

@@ -104,6 +104,11 @@ def _parallel(config: Config) -> None:
             raise ConfigError(
                 f"{key}={size} does not divide by parallel.tensor_parallel={tensor}; use one of {divisors(size, 64)}"
             )
+    if parallel.sequence_parallel and (tensor == 1 or config.sequence_length % tensor):
+        raise ConfigError(
+            f"parallel.sequence_parallel=true needs parallel.tensor_parallel={tensor} to be more than 1 and to divide "
+            f"sequence_length={config.sequence_length}"
+        )
     if parallel.pipeline_parallel > 1 and 2 * parallel.pipeline_parallel > model.num_layers + 2:
         # A head alone has matrices but no vectors: ZeRO's norms, one a parameter group, would wait for ever.
         raise ConfigError(

@@ -5,6 +5,7 @@ a wrong sum of any of them shows. `FAULTS` are ways to break a layout on purpose
 """
 
 import contextlib
+import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,6 @@ from train.cli import compose_train
 from train.labels import Labels, inputs
 from train.mesh import Mesh
 from train.model import context as context_module
-from train.model import tensor_parallel
 from train.model.build import Model, named_layouts
 from train.model.parameters import Layout, make_parameter
 
@@ -180,10 +180,29 @@ def _bias_on_every_rank() -> Iterator[None]:
 def _gradient_not_summed() -> Iterator[None]:
     """Column-parallel inputs keep their own rank's gradient, so the norms before them get a part only."""
 
-    def wrong(_: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
+    def wrong(x: torch.Tensor, *weights: torch.Tensor, group: Any, sequence: bool) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.nn.functional.linear(x, weight) for weight in weights)
 
-    with mock.patch.object(tensor_parallel._CopyToRanks, "backward", staticmethod(wrong)):
+    with mock.patch.object(context_module, "column_parallel", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def _norm_gradient_of_one_share() -> Iterator[None]:
+    """Norms and biases keep the gradient of this rank's share of the sequence."""
+    with mock.patch.object(context_module, "sum_gradients", lambda group, *tensors: tensors):
+        yield
+
+
+@contextlib.contextmanager
+def _dropout_of_the_first_share() -> Iterator[None]:
+    """Every rank drops what the first drops, wherever its share of the sequence lies."""
+    made = context_module.Context.hidden_dropout
+
+    def wrong(self: Any, *settings: Any) -> Any:
+        return dataclasses.replace(made(self, *settings), offset=0)
+
+    with mock.patch.object(context_module.Context, "hidden_dropout", wrong):
         yield
 
 
@@ -221,6 +240,8 @@ def _hooked(
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "bias_on_every_rank": _bias_on_every_rank,
     "gradient_not_summed": _gradient_not_summed,
+    "norm_gradient_of_one_share": _norm_gradient_of_one_share,
+    "dropout_of_the_first_share": _dropout_of_the_first_share,
     "norm_gradient_of_one_rank": _norm_gradient_of_one_rank,
     "tied_gradient_halved": _tied_gradient_halved,
 }

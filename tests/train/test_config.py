@@ -218,6 +218,7 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("stability.softmax", {"stability__softmax": "half"}, None),
     ("cluster.nodes", {"cluster__nodes": 2}, None),
     ("parallel.tensor_parallel", {"parallel__tensor_parallel": 4}, 6),
+    ("parallel.sequence_parallel", {"parallel__sequence_parallel": True}, None),
     ("global_batch_size", {"micro_batch_size": 3}, 1),
     (
         "schedule.rampup_start",

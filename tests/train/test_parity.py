@@ -17,12 +17,26 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "parity.csv"
 TENSOR, PIPELINE = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 ZERO = [[f"parallel.zero_stage={stage}"] for stage in range(4)]
+SHARES = [TENSOR, "parallel.sequence_parallel=true"]
+RECOMPUTED = "parallel.activation_checkpointing=full"
 LAYOUTS: dict[int, list[list[str]]] = {
     1: ZERO,
     2: [*ZERO, [TENSOR], [TENSOR, ZERO[0][0]], [PIPELINE], [PIPELINE, ZERO[0][0]]],
     4: [[TENSOR, PIPELINE], [PIPELINE], [TENSOR], [TENSOR, ZERO[3][0]]],
 }
 """By number of ranks; data parallelism takes what tensor and pipeline leave."""
+WITH_DROPOUT: dict[int, list[list[str]]] = {
+    1: [[RECOMPUTED]],
+    2: [SHARES, [*SHARES, RECOMPUTED], [PIPELINE, RECOMPUTED]],
+    4: [
+        ["parallel.tensor_parallel=4"],
+        ["parallel.tensor_parallel=4", SHARES[1], RECOMPUTED],
+        [*SHARES, PIPELINE],
+        [*SHARES, ZERO[2][0]],
+        [*SHARES, ZERO[3][0], RECOMPUTED],
+    ],
+}
+"""More of them, with dropout only: what they could get wrong shows there."""
 
 
 @pytest.fixture(scope="module", params=["no_dropout", "dropout"])
@@ -41,7 +55,7 @@ def deviation(curve: Curve, baseline: Curve) -> tuple[float, float]:
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_every_layout_follows_the_plain_loop(world: int, baseline: tuple[list[str], Curve]) -> None:
     overrides, expected = baseline
-    layouts = LAYOUTS[world]
+    layouts = LAYOUTS[world] + (WITH_DROPOUT[world] if overrides else [])
     found = curves(world, [[*layout, *overrides] for layout in layouts], STEPS)
     for layout, curve in zip(layouts, found, strict=True):
         loss, norm = deviation(curve, expected)
@@ -73,9 +87,10 @@ VARIANTS: dict[str, list[str]] = {
 
 
 @pytest.mark.distributed
-def test_every_variant_follows_the_plain_loop() -> None:
+@pytest.mark.parametrize("tensor", [[TENSOR], SHARES], ids=["whole_sequence", "shares_of_the_sequence"])
+def test_every_variant_follows_the_plain_loop(tensor: list[str]) -> None:
     steps = 4
-    found = curves(4, [[TENSOR, PIPELINE, *variant] for variant in VARIANTS.values()], steps)
+    found = curves(4, [[*tensor, PIPELINE, *variant] for variant in VARIANTS.values()], steps)
     for (name, variant), curve in zip(VARIANTS.items(), found, strict=True):
         loss, norm = deviation(curve, plain_curve(variant, steps))
         assert loss <= LOSS, (name, loss)
@@ -98,13 +113,16 @@ def test_all_three_axes_at_once(baseline: tuple[list[str], Curve]) -> None:
     [
         ("bias_on_every_rank", [TENSOR]),
         ("gradient_not_summed", [TENSOR]),
+        ("norm_gradient_of_one_share", SHARES),
+        ("dropout_of_the_first_share", [*SHARES, *DROPOUT]),
         ("norm_gradient_of_one_rank", []),
         ("tied_gradient_halved", [PIPELINE]),
     ],
 )
 def test_planted_faults_are_seen(fault: str, layout: list[str]) -> None:
     steps = 3
-    loss, norm = deviation(curves(2, [layout], steps, fault)[0], plain_curve([], steps))
+    overrides = [word for word in layout if word in DROPOUT]
+    loss, norm = deviation(curves(2, [layout], steps, fault)[0], plain_curve(overrides, steps))
     assert loss > LOSS or norm > NORM, (loss, norm)
 
 

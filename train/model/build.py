@@ -81,6 +81,7 @@ class Model(nn.Module):
             z_loss=config.loss.z_loss,
             softcap=config.loss.softcap,
             recompute=config.parallel.activation_checkpointing == "full",
+            sequence_parallel=config.parallel.sequence_parallel and mesh.tensor > 1,
         )
         bounds = stage_bounds(config.model.num_layers, mesh.pipeline)
         self.start, self.stop = bounds[mesh.stage], bounds[mesh.stage + 1]

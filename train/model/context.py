@@ -11,10 +11,12 @@ from kernels.random import Dropout, dropout_key
 from train.config import ModelConfig
 from train.mesh import Mesh
 from train.model.parameters import Layout, make_parameter, split, xavier_std
+from train.model.tensor_parallel import Weight, column_parallel, row_parallel, sum_gradients
 
 State = tuple[Tensor, Tensor, Tensor]
-"""What flows from layer to layer and from stage to stage: hidden [B,S,H] (the embedding takes tokens int64 [B,S] in its
-place), meta int64 [B,4,S] (two position rows, attend_from, attend_to), sample_index int64 [B]."""
+"""What flows from layer to layer and from stage to stage: hidden [B,S,H] (with sequence parallelism this rank's share
+of S; the embedding takes tokens int64 [B,S] in its place), meta int64 [B,4,S] (two position rows, attend_from,
+attend_to), sample_index int64 [B]."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Context:
     z_loss: float = 0.0
     softcap: float = 0.0
     recompute: bool = False
+    sequence_parallel: bool = False
+    """Whether each tensor-parallel rank holds a share of the sequence between the products."""
 
     @property
     def kv_heads(self) -> int:
@@ -90,6 +94,28 @@ class Context:
         """A bias or a norm's weight; None where the model has none."""
         return make_parameter(layout, self.mesh.device, value=value) if wanted else None
 
+    def column_parallel(self, x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
+        """x [B,S or share,in] times this rank's rows of each weight, [B,S,out / ranks] each."""
+        return column_parallel(x, *weights, group=self.mesh.tensor_group, sequence=self.sequence_parallel)
+
+    def row_parallel(self, x: Tensor, weight: Weight) -> Tensor:
+        """x [B,S,in / ranks] times this rank's columns, summed over the ranks: [B,S or share,out]."""
+        return row_parallel(x, weight, group=self.mesh.tensor_group, sequence=self.sequence_parallel)
+
+    def replicated(self, *parameters: Tensor | None) -> tuple[Any, ...]:
+        """Parameters that every tensor-parallel rank holds, for work on hidden states between the products.
+
+        On shares of the sequence each rank has a part of their gradients, which are summed.
+        """
+        return sum_gradients(self.mesh.tensor_group, *parameters) if self.sequence_parallel else parameters
+
+    def hidden_dropout(
+        self, module: nn.Module, layer: int, site: str, hidden: Tensor, sample_index: Tensor
+    ) -> Dropout | None:
+        """The addressed dropout of hidden states [B,S or share,H] that lie between the products."""
+        first = self.mesh.tensor_rank * hidden.shape[1] if self.sequence_parallel else 0
+        return self.dropout(module, self.model.hidden_dropout, layer, site, sample_index, first)
+
     def dropout(
         self, module: nn.Module, probability: float, layer: int, site: str, sample_index: Tensor, offset: int = 0
     ) -> Dropout | None:
@@ -125,12 +151,13 @@ class Norm(nn.Module):
     ) -> Any:
         """norm(alpha * x + dropout(branch + bias)), and the sum itself with return_sum."""
         model = self.context.model
+        weight, norm_bias, bias = self.context.replicated(self.weight, self.bias, bias)
         return self.context.ops.residual_norm(
             x,
             branch,
             bias,
-            self.weight,
-            self.bias,
+            weight,
+            norm_bias,
             alpha=alpha,
             eps=model.norm_eps,
             kind=model.norm,

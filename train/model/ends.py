@@ -13,7 +13,7 @@ from kernels.random import drop_hidden
 from train.labels import Labels
 from train.model.context import Context, Norm, State, intervals
 from train.model.parameters import Layout
-from train.model.tensor_parallel import sum_over_ranks
+from train.model.tensor_parallel import gather_for_all, sum_over_ranks
 
 EMBEDDING = "word_embeddings.weight"
 
@@ -43,12 +43,14 @@ class Embedding(nn.Module):
         context, mesh = self.context, self.context.mesh
         start = None if mesh.tensor == 1 else mesh.tensor_rank * self.weight.shape[0]
         hidden = context.ops.embedding(tokens, self.weight, shrink=self.shrink, vocab_start=start)
-        hidden = sum_over_ranks(hidden, mesh.tensor_group)
+        hidden = sum_over_ranks(hidden, mesh.tensor_group, sequence=context.sequence_parallel)
         if self.learned:
             positions, _, _ = intervals(meta)
-            hidden = hidden + nn.functional.embedding(positions[:, 0].long(), self.position_weight)
-            hidden = hidden + nn.functional.embedding(positions[:, 1].long(), self.block_weight)
-        dropout = context.dropout(self, context.model.hidden_dropout, 0, "embedding", sample_index)
+            if context.sequence_parallel:
+                positions = positions.chunk(mesh.tensor, 2)[mesh.tensor_rank]
+            for row, table in enumerate(context.replicated(self.position_weight, self.block_weight)):
+                hidden = hidden + nn.functional.embedding(positions[:, row].long(), table)
+        dropout = context.hidden_dropout(self, 0, "embedding", hidden, sample_index)
         hidden = drop_hidden(hidden, dropout)
         if self.input_norm is not None:
             hidden = self.input_norm(hidden)
@@ -79,6 +81,8 @@ class Head(nn.Module):
         """A `State`'s parts -> normalised hidden [B,S,H], or with labels what `loss` returns."""
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
+        if self.context.sequence_parallel:
+            hidden = gather_for_all(hidden, self.context.mesh.tensor_group)
         return hidden if labels is None else self.loss(hidden, labels)
 
     def loss(self, hidden: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:

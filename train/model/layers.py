@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.random import Dropout, drop_hidden
 from train.model.context import Context, Norm, State, intervals
 from train.model.parameters import Layout
-from train.model.tensor_parallel import column_parallel, copy_to_ranks, product, row_parallel
+from train.model.tensor_parallel import sum_gradients
 
 
 class Cache(Protocol):
@@ -101,27 +101,23 @@ class Attention(nn.Module):
             ),
             want_max_logit=False,
         )
-        return row_parallel(out.flatten(2), self.dense_weight, context.mesh.tensor_group)
+        return context.row_parallel(out.flatten(2), self.dense_weight)
 
     def _packed(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dim = self.context.head_dim
-        packed = column_parallel(x, self.qkv_weight, self.context.mesh.tensor_group)
+        (packed,) = self.context.column_parallel(x, self.qkv_weight)
         packed = self._rotate(packed.unflatten(2, (-1, dim)), self.qkv_bias, positions, period=3, passthrough=1)
         query, key, value = packed.unflatten(2, (self.heads, 3)).unbind(3)
         return query, key, value
 
     def _grouped(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mesh, dim = self.context.mesh, self.context.head_dim
-        query = column_parallel(x, self.query_weight, mesh.tensor_group).unflatten(2, (-1, dim))
-        query = self._rotate(query, self.query_bias, positions, period=1, passthrough=0)
-        if self.kv_split:
-            pair = column_parallel(x, self.kv_weight, mesh.tensor_group)
-            bias: Tensor | None = self.kv_bias
-        else:
-            # Each rank uses some of the heads that all compute, so it is their gradients that are summed over the
-            # ranks; x then gets the whole gradient everywhere without a sum of its own.
-            pair = copy_to_ranks(product(x, self.kv_weight), mesh.tensor_group)
-            bias = None if self.kv_bias is None else copy_to_ranks(self.kv_bias, mesh.tensor_group)
+        weight, bias = self.kv_weight, self.kv_bias
+        if not self.kv_split:
+            # All ranks compute all of these heads and each uses some: every rank has a part of the gradient.
+            weight, bias = sum_gradients(mesh.tensor_group, weight, bias)
+        query, pair = self.context.column_parallel(x, self.query_weight, weight)
+        query = self._rotate(query.unflatten(2, (-1, dim)), self.query_bias, positions, period=1, passthrough=0)
         pair = self._rotate(pair.unflatten(2, (-1, dim)), bias, positions, period=2, passthrough=1)
         key, value = pair.unflatten(2, (self.kv_heads, 2)).unbind(3)
         if self.kv_split:
@@ -179,10 +175,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,S,H] -> the second product [B,S,H], its bias not yet added."""
-        group = self.context.mesh.tensor_group
-        inner = column_parallel(x, self.first_weight, group)
+        (inner,) = self.context.column_parallel(x, self.first_weight)
         inner = self.context.ops.bias_activation(inner, self.first_bias, kind=self.context.model.activation)
-        return row_parallel(inner, self.second_weight, group)
+        return self.context.row_parallel(inner, self.second_weight)
 
 
 class Layer(nn.Module):
@@ -208,8 +203,8 @@ class Layer(nn.Module):
         """The layer's maths, [B,S,H] -> [B,S,H]."""
         raise NotImplementedError("PostNormLayer and PreNormLayer define it")
 
-    def _drop(self, site: str, sample_index: Tensor) -> Dropout | None:
-        return self.context.dropout(self, self.context.model.hidden_dropout, self.index, site, sample_index)
+    def _drop(self, site: str, hidden: Tensor, sample_index: Tensor) -> Dropout | None:
+        return self.context.hidden_dropout(self, self.index, site, hidden, sample_index)
 
 
 class PostNormLayer(Layer):
@@ -231,11 +226,11 @@ class PostNormLayer(Layer):
             branch,
             self.attention.dense_bias,
             alpha=alpha,
-            dropout=self._drop("attention_output", sample_index),
+            dropout=self._drop("attention_output", hidden, sample_index),
         )
         branch = self.ffn(middle)
         return self.next_norm.after(
-            middle, branch, self.ffn.second_bias, alpha=alpha, dropout=self._drop("ffn", sample_index)
+            middle, branch, self.ffn.second_bias, alpha=alpha, dropout=self._drop("ffn", hidden, sample_index)
         )
 
 
@@ -257,15 +252,17 @@ class PreNormLayer(Layer):
         branch = self.attention(self.input_norm(hidden), meta, sample_index)
         branch, bias = _normed(self.attention_norm, branch, self.attention.dense_bias)
         middle, hidden = self.post_norm.after(
-            hidden, branch, bias, dropout=self._drop("attention_output", sample_index), return_sum=True
+            hidden, branch, bias, dropout=self._drop("attention_output", hidden, sample_index), return_sum=True
         )
         branch, bias = _normed(self.ffn_norm, self.ffn(middle), self.ffn.second_bias)
-        return _add(hidden, branch, bias, self._drop("ffn", sample_index))
+        (bias,) = self.context.replicated(bias)
+        return _add(hidden, branch, bias, self._drop("ffn", hidden, sample_index))
 
 
 def _normed(norm: Norm | None, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if norm is None:
         return branch, bias
+    (bias,) = norm.context.replicated(bias)
     normed: Tensor = norm(branch if bias is None else branch + bias)
     return normed, None
 

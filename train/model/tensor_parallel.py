@@ -1,11 +1,17 @@
-"""The four tensor-parallel moves, after Megatron-LM (arXiv 1909.08053, section 3).
+"""The tensor-parallel moves, after Megatron-LM (arXiv 1909.08053, section 3; sequence parallelism arXiv 2205.05198).
 
-A column-parallel product takes a replicated input and gives each rank its share of the outputs; a row-parallel product
-takes those shares and ends in a sum over the ranks. What crosses ranks is told by two conjugate functions:
+A column-parallel product takes an input that all ranks share and gives each rank its share of the outputs; a
+row-parallel product takes those shares and ends in a sum over the ranks. Between them, where norms, dropout and
+residuals stand, every rank holds the whole sequence; with sequence parallelism each holds S / ranks slots of it:
 
-    copy_to_ranks      forward: nothing            backward: sum over ranks
-    sum_over_ranks     forward: sum over ranks     backward: nothing
+                            whole sequence                      shares of the sequence
+    column-parallel input   forward nothing, backward sum       forward gather, backward sum and scatter
+    row-parallel output     forward sum, backward nothing       forward sum and scatter, backward gather
 
+Both cost the same traffic, since a sum is a scatter and a gather; the shares save memory and work in between. What
+ranks hold alike (norms, biases) then sees a share of the sequence only, so its gradient is summed over the ranks.
+
+In a column-parallel product's backward pass the traffic runs beside the products that do not wait for it.
 Biases are not added here: the fused kernels after each product add them, once.
 """
 
@@ -15,19 +21,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Weight = Tensor | nn.Module
+"""A matrix, or what stands in for one when no gradient is wanted."""
 
-class _CopyToRanks(torch.autograd.Function):
+
+class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+    def forward(ctx: Any, x: Tensor, group: Any, sequence: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.sequence = group, sequence
+        # The share is kept, not what was gathered.
+        ctx.save_for_backward(x, *weights)
+        whole = gather(x, group) if sequence else x
+        return tuple(F.linear(whole, weight) for weight in weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Autograd may share this buffer with another path, so the sum must not happen in it.
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        gathering = _start_gather(x, ctx.group) if ctx.sequence else None
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x += grad @ weight
+        whole = _end_gather(*gathering) if gathering is not None else x
+        if ctx.sequence:
+            total, work = _start_scatter(grad_x, ctx.group)
+        else:
+            total = grad_x.contiguous()
+            work = torch.distributed.all_reduce(total, group=ctx.group, async_op=True)
+        flat = whole.flatten(0, -2)
+        grad_weights = [grad.flatten(0, -2).t() @ flat for grad in grads]
+        work.wait()
+        return total, None, None, *grad_weights
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -42,27 +65,119 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def copy_to_ranks(x: Tensor, group: Any) -> Tensor:
-    """x, whose gradient is summed over the group. group None: x itself."""
-    return x if group is None else _CopyToRanks.apply(x, group)
+class _SumAndScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        share, work = _start_scatter(x, group)
+        work.wait()
+        return share
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather(grad, ctx.group), None
 
 
-def sum_over_ranks(x: Tensor, group: Any) -> Tensor:
-    """The sum of x over the group, whose gradient passes through. group None: x itself."""
-    return x if group is None else _SumOverRanks.apply(x, group)
+class _GatherForAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ranks, rank = torch.distributed.get_world_size(ctx.group), torch.distributed.get_rank(ctx.group)
+        return grad.chunk(ranks, 1)[rank].contiguous(), None
 
 
-def product(x: Tensor, weight: Tensor | nn.Module) -> Tensor:
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # In fp32 and in one message.
+        packed = torch.cat([grad.flatten().float() for grad in grads])
+        torch.distributed.all_reduce(packed, group=ctx.group)
+        parts = packed.split([grad.numel() for grad in grads])
+        return None, *(part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True))
+
+
+def product(x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] times a weight [out, in], or what stands in for one (`train.model.quantised`): [..., out]."""
     result: Tensor = weight(x) if isinstance(weight, nn.Module) else F.linear(x, weight)
     return result
 
 
-def column_parallel(x: Tensor, weight: Tensor, group: Any) -> Tensor:
-    """x [..., in] times this rank's rows of the weight [out / ranks, in]: [..., out / ranks]."""
-    return product(copy_to_ranks(x, group), weight)
+def column_parallel(x: Tensor, *weights: Weight, group: Any, sequence: bool = False) -> tuple[Tensor, ...]:
+    """x times this rank's rows of each weight [out / ranks, in]: a [B,S,out / ranks] for each.
+
+    x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights.
+    """
+    if group is not None and all(isinstance(weight, Tensor) for weight in weights):
+        return _ColumnParallel.apply(x, group, sequence, *weights)
+    whole = gather(x, group) if sequence else x
+    return tuple(product(whole, weight) for weight in weights)
 
 
-def row_parallel(x: Tensor, weight: Tensor, group: Any) -> Tensor:
-    """This rank's columns: x [..., in / ranks] times [out, in / ranks], summed over the ranks: [..., out]."""
-    return sum_over_ranks(product(x, weight), group)
+def row_parallel(x: Tensor, weight: Weight, *, group: Any, sequence: bool = False) -> Tensor:
+    """This rank's columns: x [B,S,in / ranks] times [out, in / ranks], summed over the ranks.
+
+    Returns [B,S,out], or with `sequence` this rank's share [B,S / ranks,out].
+    """
+    return sum_over_ranks(product(x, weight), group, sequence=sequence)
+
+
+def sum_over_ranks(x: Tensor, group: Any, *, sequence: bool = False) -> Tensor:
+    """The sum of x [B,S,…] over the group, or with `sequence` this rank's share of it. group None: x itself."""
+    if group is None:
+        return x
+    return _SumAndScatter.apply(x, group) if sequence else _SumOverRanks.apply(x, group)
+
+
+def gather_for_all(x: Tensor, group: Any) -> Tensor:
+    """The whole sequence [B,S,…] of x [B,S / ranks,…], for work that all ranks share.
+
+    Each rank's gradient of the result must be whole already, as `linear_cross_entropy`'s is; its own share is kept.
+    """
+    return _GatherForAll.apply(x, group)
+
+
+def sum_gradients(group: Any, *tensors: Any) -> tuple[Any, ...]:
+    """The tensors themselves, whose gradients are summed over the group in one message.
+
+    None, and what stands in for a weight, stay what they are.
+    """
+    present = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if group is None or not present:
+        return tensors
+    passed = iter(_SumGradients.apply(group, *present))
+    return tuple(next(passed) if isinstance(tensor, Tensor) else tensor for tensor in tensors)
+
+
+def gather(x: Tensor, group: Any) -> Tensor:
+    """[B,S / ranks,…] of every rank put together in rank order: [B,S,…]. No gradient."""
+    return _end_gather(*_start_gather(x, group))
+
+
+def _start_gather(x: Tensor, group: Any) -> tuple[Tensor, Any]:
+    ranks = torch.distributed.get_world_size(group)
+    parts = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
+    work = torch.distributed.all_gather_into_tensor(parts, x.contiguous(), group=group, async_op=True)
+    return parts.unflatten(0, (ranks, -1)), work
+
+
+def _end_gather(parts: Tensor, work: Any) -> Tensor:
+    work.wait()
+    return parts.movedim(0, 1).flatten(1, 2)
+
+
+def _start_scatter(x: Tensor, group: Any) -> tuple[Tensor, Any]:
+    """This rank's share [B,S / ranks,…] of the sum of x [B,S,…], once the work is done."""
+    ranks = torch.distributed.get_world_size(group)
+    # Each rank's share in one piece; a copy where a batch holds more than one sequence.
+    shares = x.unflatten(1, (ranks, -1)).movedim(1, 0).contiguous()
+    share = torch.empty_like(shares[0])
+    return share, torch.distributed.reduce_scatter_tensor(share, shares.flatten(0, 1), group=group, async_op=True)
