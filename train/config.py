@@ -109,6 +109,9 @@ class ParallelConfig:
     """0 plain, 1 optimizer states, 2 and gradients, 3 and parameters divided over the data-parallel ranks."""
     activation_checkpointing: str = "none"
     """none, or full: keep each layer's input only and recompute the rest in the backward pass."""
+    compare_replicas_every_steps: int = 100
+    """Compare what several ranks hold alike, bit for bit, each so many steps: a difference ends the run and names the
+    parameter and the ranks. 0 switches it off."""
     reduce_bucket_elements: int = 500_000_000
     """Elements of a gradient-reduction bucket; smaller buckets use less memory."""
     allgather_bucket_elements: int = 500_000_000

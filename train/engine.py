@@ -42,7 +42,7 @@ class StepResult:
     loss_scale: float
     batch_hash: int
     flags: Tensor
-    """int32 [items of this stage], above 0 where an item gave a non-finite output."""
+    """int32 [2, items of this stage], above 0 where an item's output, or the gradient of it, was not finite."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,18 @@ class Engine:
     def first_bad_layer(self, result: StepResult) -> str | None:
         """`rank R, NAME` of the first item, in the model's order, that gave a non-finite output in a step.
 
-        None where every output was finite, so that it was the backward pass. All ranks call it together.
+        Where all outputs were finite, the last item whose output had a non-finite gradient: the backward pass comes
+        there first. None where it was in the gradient of a parameter only. All ranks call it together.
         """
-        bad = result.flags.nonzero().flatten().tolist()
-        name = self.model.item_name(bad[0]) if bad else ""
-        found = gather(self.mesh, (self.model.start + bad[0], self.mesh.rank, name) if bad else None)
-        first = min((entry for entry in found if entry is not None), default=None)
-        return None if first is None else f"rank {first[1]}, {first[2]}"
+        outputs, gradients = (row.nonzero().flatten().tolist() for row in result.flags)
+        found: list[tuple[int, int, int, str]] = []  # (sooner first, rank, …)
+        if outputs:
+            found.append((0, self.model.start + outputs[0], self.mesh.rank, self.model.item_name(outputs[0])))
+        elif gradients:
+            name = f"the gradient of {self.model.item_name(gradients[-1])}"
+            found.append((1, -(self.model.start + gradients[-1]), self.mesh.rank, name))
+        first = min((entry for entries in gather(self.mesh, found) for entry in entries), default=None)
+        return None if first is None else f"rank {first[2]}, {first[3]}"
 
     @property
     def needs_batches(self) -> bool:

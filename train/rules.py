@@ -177,6 +177,7 @@ def _numbers(config: Config) -> None:
         "evaluation.every_steps",
         "evaluation.tasks_every_steps",
         "optimizer.clip",
+        "parallel.compare_replicas_every_steps",
     ):
         if get(config, key) < 0:
             raise ConfigError(f"{key}={get(config, key)} must not be negative; 0 switches it off")

@@ -35,6 +35,7 @@ from train.heartbeat import Heartbeat
 from train.mesh import Mesh
 from train.model.build import DTYPES, operations
 from train.observers import MetricsObserver, Observer, ProgressObserver
+from train.replicas import differing_replicas
 from train.resume import starting_point
 from train.run_folder import RunFolder, command_line
 from train.schedule import BatchSize, RunLength, embedding_shrink, learning_rate
@@ -145,6 +146,8 @@ class Trainer:
                 self._validate()
             if self._due(self.config.evaluation.tasks_every_steps):
                 self._run_tasks()
+            if self._due(self.config.parallel.compare_replicas_every_steps):
+                self._compare_replicas()
             if self._due(self.config.saving.every_steps):
                 self._save()
             self.saver.poll()
@@ -332,6 +335,15 @@ class Trainer:
             f"step {step}: {seen}. The checkpoints before it are whole: resume from one with resume.step, "
             "and lower optimizer.lr or change precision"
         )
+
+    def _compare_replicas(self) -> None:
+        """All ranks hear of a difference anywhere, so all of them raise."""
+        if (seen := differing_replicas(self.engine)) is not None:
+            self._event(self.step, "replicas_differ", seen)
+            raise RunFailed(
+                f"step {self.step}: {seen}: one of them computed or stored it wrongly. Resume from a checkpoint before "
+                "it with resume.step, and on other machines if it comes again"
+            )
 
     def _event(self, step: int, kind: str, seen: str) -> None:
         """Note why the run stops here."""

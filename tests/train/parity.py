@@ -9,6 +9,7 @@ import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -153,6 +154,23 @@ def start_engine(overrides: Sequence[str]) -> Any:
     rules.check(config, world_size=backend.world_size())
     with noisy_vectors():
         return Engine.start(config, backend.make_mesh(config))
+
+
+def saver_of(engine: Any, run_dir: str, **config: Any) -> Any:
+    """A saver of this engine, with an empty folder for a tokenizer. config: fields of SavingConfig."""
+    from train.checkpoint.saver import Saver
+    from train.config import SavingConfig
+
+    tokenizer = Path(run_dir) / "tokenizer"
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    return Saver(
+        engine,
+        Path(run_dir),
+        SavingConfig(**config),
+        config_yaml="seed: 3\n",
+        tokenizer=tokenizer,
+        before_commit=lambda: None,
+    )
 
 
 def my_batches(engine: Any, first: int, count: int) -> list[Batch]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_prep.errors import DataError
-from tests.train.parity import LR, in_ranks, my_batches, start_engine
+from tests.train.parity import LR, in_ranks, my_batches, saver_of, start_engine
 
 pytestmark = pytest.mark.distributed
 WORLD = 2
@@ -37,7 +37,7 @@ def _blocked(run_dir: str) -> tuple[list[bool], list[bool], list[bool]]:
     from train.checkpoint.select import checkpoint_steps, find
 
     engine = start_engine([])
-    saver = _saver(engine, run_dir)
+    saver = saver_of(engine, run_dir)
     step = _stepper(engine)
     step(0)
     before = _weights(engine)
@@ -70,7 +70,7 @@ def _failing(run_dir: str) -> tuple[list[str], list[str]]:
     from train.collective import gather
 
     engine = start_engine([])
-    saver = _saver(engine, run_dir)
+    saver = saver_of(engine, run_dir)
     step = _stepper(engine)
     step(0)
     saver.start(_state(1))
@@ -97,17 +97,6 @@ def _weights(engine: Any) -> dict[str, torch.Tensor]:
     from train.model.build import named_layouts
 
     return {layout.name: parameter.detach().clone() for layout, parameter in named_layouts(engine.model.parameters())}
-
-
-def _saver(engine: Any, run_dir: str) -> Any:
-    from train.checkpoint.saver import Saver
-    from train.config import SavingConfig
-
-    tokenizer = Path(run_dir) / "tokenizer"
-    tokenizer.mkdir(exist_ok=True)
-    return Saver(
-        engine, Path(run_dir), SavingConfig(), config_yaml="seed: 3\n", tokenizer=tokenizer, before_commit=lambda: None
-    )
 
 
 def _stepper(engine: Any) -> Callable[[int], Any]:

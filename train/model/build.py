@@ -115,17 +115,23 @@ class Model(nn.Module):
         return state
 
     def watch(self) -> Tensor:
-        """From now on count non-finite outputs, item by item; returns the counters, int32 [items] on the device.
+        """From now on count non-finite outputs and gradients of outputs, item by item.
 
-        One sum an item, no wait: what tells afterwards in which layer a run first went wrong.
+        Returns the counters, int32 [2, items] on the device. One sum an item, no wait: what tells afterwards in which
+        layer a run first went wrong.
         """
-        self.flags = torch.zeros(len(self.items), dtype=torch.int32, device=self.context.mesh.device)
+        self.flags = torch.zeros(2, len(self.items), dtype=torch.int32, device=self.context.mesh.device)
         return self.flags
 
     def _watch(self, position: int, state: Any) -> None:
         first = state[0] if isinstance(state, tuple) else state
+        self._count(0, position, first.detach())
+        if first.requires_grad:
+            first.register_hook(lambda gradient: self._count(1, position, gradient))
+
+    def _count(self, row: int, position: int, values: Tensor) -> None:
         assert self.flags is not None
-        self.flags[position] += ~first.detach().sum(dtype=torch.float32).isfinite()
+        self.flags[row, position] += ~values.sum(dtype=torch.float32).isfinite()
 
     def item_name(self, position: int) -> str:
         """Name of the stage's item at a position, for messages: `embedding`, `layers.3`, `head`."""
