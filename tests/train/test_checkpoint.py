@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from data_prep.errors import DataError
 from data_prep.files import checksum
 from train.checkpoint import tensor_file
+from train.checkpoint.model import load_trained
 from train.checkpoint.pieces import Piece, PieceReader, save_pieces
 from train.checkpoint.read import choose
-from train.checkpoint.select import checkpoint_steps, damage, damages, find, read_manifest, step_folder
+from train.checkpoint.select import checkpoint_steps, damage, damages, find, read_manifest, step_folder, write_manifest
 from train.checkpoint.write import prune
 from train.mesh import Mesh
 from train.model.build import stage_bounds
@@ -181,3 +182,20 @@ def test_end_stages_hold_one_layer_fewer(layers: int, stages: int) -> None:
         assert len(set(sizes)) == 1
     else:
         assert sizes[0] == min(sizes)
+
+
+def test_weights_of_a_sequence_parallel_run_load_in_one_process(tiny_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(find(tiny_run), tmp_path / "step"))
+    text = (folder / "config.yaml").read_text()
+    for key, value in (("sequence_parallel: false", "true"), ("tensor_parallel: 1", "2")):
+        assert key in text
+        text = text.replace(key, f"{key.partition(':')[0]}: {value}")
+    (folder / "config.yaml").write_text(text)
+    manifest = read_manifest(folder)
+    manifest["files"]["config.yaml"] = {
+        "bytes": (folder / "config.yaml").stat().st_size,
+        "checksum": checksum(folder / "config.yaml"),
+    }
+    write_manifest(folder, manifest)
+    trained = load_trained(folder, torch.device("cpu"))
+    assert not trained.model.context.sequence_parallel

@@ -51,7 +51,7 @@ def load_trained(
         raise DataError(f"{problem}; restore the file, or give another step's folder as checkpoint=")
     config = read_config(folder / "config.yaml")
     config.parallel.tensor_parallel, config.parallel.pipeline_parallel = mesh.tensor, 1
-    config.parallel.activation_checkpointing = "none"
+    config.parallel.activation_checkpointing, config.parallel.sequence_parallel = "none", False
     reader = PieceReader(folder, ("model",))
     dtype = DTYPES[config.precision.dtype]
     if device.type == "cpu":
