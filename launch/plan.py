@@ -295,6 +295,7 @@ def _layout_record(candidate: Candidate) -> dict[str, Any]:
         "pipeline_parallel": parallel.pipeline_parallel,
         "data_parallel": candidate.data_parallel,
         "zero_stage": parallel.zero_stage,
+        "sequence_parallel": parallel.sequence_parallel,
         "activation_checkpointing": parallel.activation_checkpointing,
         "micro_batch_size": candidate.config.micro_batch_size,
         "memory_gib": candidate.memory.total / 2**30,

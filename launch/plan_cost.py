@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from launch.hardware import Hardware
 from train.arithmetic import GATED, head_dim, kv_heads, layer_parameters, layers_per_stage, stage_parameters
 from train.config import Config
-from train.memory import WEIGHT_BYTES, whole_micro_batches
+from train.memory import WEIGHT_BYTES, stream_bytes, stream_share, whole_micro_batches
 
 PRODUCT = 0.80
 """Share of the peak that a large bf16 product reaches: 791 of 989 TFLOP/s on an H100."""
@@ -157,11 +157,12 @@ class CostModel:
         config, parallel = self.config, self.config.parallel
         layers = max(layers_per_stage(config.model.num_layers, parallel.pipeline_parallel))
         held = max(stage_parameters(config.model, parallel.pipeline_parallel, parallel.tensor_parallel))
-        passes = 6 if parallel.activation_checkpointing != "none" else 4
+        # All-reduces a layer, or as much in gathers and scatters; recomputing runs the forward pass's again.
+        passes = 4 + (2 if parallel.activation_checkpointing != "none" else 0) + parallel.sequence_parallel
         ring = 2 * (parallel.tensor_parallel - 1) / parallel.tensor_parallel
         per_micro_batch = self._gather_bytes(held)
         return Volumes(
-            tensor=self.micro_batches * layers * passes * ring * self._stream_bytes(),
+            tensor=self.micro_batches * layers * passes * ring * self._whole_bytes(),
             pipeline=0.0 if parallel.pipeline_parallel == 1 else self.micro_batches * 2 * self._stream_bytes(),
             data=self.micro_batches * per_micro_batch + self._reduce_bytes(held),
         )
@@ -172,7 +173,7 @@ class CostModel:
         layers = layers_per_stage(model.num_layers, stages)[stage]
         forward, backward = (layers * self._layer_seconds(way) for way in ("forward", "backward"))
         tensor = self._tensor_seconds()
-        tensor_forward, tensor_backward = 2 * layers * tensor, 2 * layers * tensor
+        tensor_forward, tensor_backward = 2 * layers * tensor, layers * self._tensor_backward_seconds(tensor)
         recompute = 0.0
         if parallel.activation_checkpointing != "none":
             recompute = forward
@@ -219,7 +220,7 @@ class CostModel:
     def _elementwise_bytes(self, way: str) -> float:
         """Least bytes of a layer's fused kernels, from the heads of `kernels/*.py`."""
         model, tensor = self.config.model, self.config.parallel.tensor_parallel
-        norms = (4 if model.norm_placement == "sandwich" else 2) * model.hidden_size
+        norms: float = (4 if model.norm_placement == "sandwich" else 2) * model.hidden_size
         packed = (model.num_heads + 2 * kv_heads(model)) * head_dim(model) / tensor
         wide = model.ffn_hidden_size / tensor
         if model.activation in GATED:
@@ -227,10 +228,14 @@ class CostModel:
         else:
             wide *= 2 if way == "forward" else 3
         norms *= 3 if way == "forward" else 5
+        norms /= stream_share(self.config)
         copies = 4 * model.hidden_size if tensor > 1 else 0  # what a collective must not overwrite is copied
         return self.tokens * self.size * (norms + 2 * packed + wide + copies)
 
     def _stream_bytes(self) -> float:
+        return stream_bytes(self.config)  # [T, H], or a rank's share of it
+
+    def _whole_bytes(self) -> float:
         return float(self.tokens * self.config.model.hidden_size * self.size)  # [T, H]
 
     def _accumulate_bytes(self, held: float) -> float:
@@ -243,8 +248,21 @@ class CostModel:
         return share * (12 + 12 + 4 + self.size + 4) / self.copy
 
     def _tensor_seconds(self) -> float:
-        """One all-reduce of the stream over the tensor-parallel ranks."""
-        return self._ring_seconds("tensor", self._stream_bytes(), self.config.parallel.tensor_parallel, 2)
+        """One all-reduce of the stream over the tensor-parallel ranks, or a gather and a scatter of its shares."""
+        return self._ring_seconds("tensor", self._whole_bytes(), self.config.parallel.tensor_parallel, 2)
+
+    def _tensor_backward_seconds(self, once: float) -> float:
+        """A layer's collectives of the backward pass that its weight gradients do not hide.
+
+        once: seconds of one all-reduce. Two run beside the weight gradients of the column-parallel products; with
+        shares of the sequence, the row-parallel products wait for two gathers besides.
+        """
+        model, parallel = self.config.model, self.config.parallel
+        packed = (model.num_heads + 2 * kv_heads(model)) * head_dim(model)
+        first = (2 if model.activation in GATED else 1) * model.ffn_hidden_size
+        columns = (packed + first) * model.hidden_size / parallel.tensor_parallel
+        beside = 2 * self.tokens * columns / self.product
+        return max(2 * once - beside, HIDDEN * 2 * once) + (once if parallel.sequence_parallel else 0.0)
 
     def _gather_bytes(self, held: float) -> float:
         """What ZeRO 2 and 3 send for each micro-batch; DeepSpeed reduces each micro-batch's gradients there."""

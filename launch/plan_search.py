@@ -4,6 +4,7 @@ The trainer's own rules decide what may be tried (`train/rules.py`); the rest is
 (`launch/plan_cost.py`).
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,9 +65,10 @@ class Candidate:
         """`TP 4 x PP 8 x DP 24, ZeRO 1, full recompute, micro-batch 1`."""
         parallel = self.config.parallel
         recompute = parallel.activation_checkpointing
+        shares = ", sequence shares" if parallel.sequence_parallel else ""
         return (
             f"TP {parallel.tensor_parallel} x PP {parallel.pipeline_parallel} x DP {self.data_parallel:g}, "
-            f"ZeRO {parallel.zero_stage}, {recompute} recompute, micro-batch {self.config.micro_batch_size}"
+            f"ZeRO {parallel.zero_stage}{shares}, {recompute} recompute, micro-batch {self.config.micro_batch_size}"
         )
 
 
@@ -148,18 +150,21 @@ def _layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:
 
 def _variants(config: Config, layout: Layout) -> Iterator[Config]:
     tensor, pipeline = layout
-    for zero in (1, 2, 3) if pipeline == 1 else (1,):
-        for recompute in CHOICES["parallel.activation_checkpointing"]:
-            parallel = replace(
-                config.parallel,
-                tensor_parallel=tensor,
-                pipeline_parallel=pipeline,
-                zero_stage=zero,
-                activation_checkpointing=recompute,
-                overlap_communication=zero > 1,
-            )
-            for micro in MICRO_BATCHES:
-                yield replace(config, parallel=parallel, micro_batch_size=micro)
+    zero_stages = (1, 2, 3) if pipeline == 1 else (1,)
+    sequence_shares = (False, True) if tensor > 1 else (False,)
+    recomputes = CHOICES["parallel.activation_checkpointing"]
+    for zero, sequence, recompute in itertools.product(zero_stages, sequence_shares, recomputes):
+        parallel = replace(
+            config.parallel,
+            tensor_parallel=tensor,
+            pipeline_parallel=pipeline,
+            zero_stage=zero,
+            sequence_parallel=sequence,
+            activation_checkpointing=recompute,
+            overlap_communication=zero > 1,
+        )
+        for micro in MICRO_BATCHES:
+            yield replace(config, parallel=parallel, micro_batch_size=micro)
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float]:

@@ -81,18 +81,30 @@ def layer_saved_bytes(config: Config, recompute: str) -> float:
 
     recompute: `none`, or `full` (the layer's input alone).
     """
-    tokens, size = config.micro_batch_size * config.sequence_length, WEIGHT_BYTES[config.precision.dtype]
+    size, tensor = WEIGHT_BYTES[config.precision.dtype], config.parallel.tensor_parallel
     if recompute == "full":
-        return tokens * config.model.hidden_size * size
-    return tokens * _layer_bytes_per_token(config.model, config.parallel.tensor_parallel, size)
+        return stream_bytes(config)
+    slots = config.micro_batch_size * config.sequence_length
+    return slots * _layer_bytes_per_token(config.model, tensor, stream_share(config), size)
 
 
-def _layer_bytes_per_token(model: ModelConfig, tensor: int, size: int) -> float:
+def stream_share(config: Config) -> int:
+    """Ranks that share the sequence where norms, dropout and residuals stand: the tensor-parallel ones, or one."""
+    return config.parallel.tensor_parallel if config.parallel.sequence_parallel else 1
+
+
+def stream_bytes(config: Config) -> float:
+    """[T, H] of one micro-batch, what flows from layer to layer on a rank."""
+    slots = config.micro_batch_size * config.sequence_length
+    return slots * config.model.hidden_size * WEIGHT_BYTES[config.precision.dtype] / stream_share(config)
+
+
+def _layer_bytes_per_token(model: ModelConfig, tensor: int, share: int, size: int) -> float:
     heads, dim, width = model.num_heads / tensor, head_dim(model), model.ffn_hidden_size / tensor
     shared_kv = kv_heads(model) % tensor != 0
     pairs = 2 * (kv_heads(model) if shared_kv else kv_heads(model) / tensor)
     # Input of both norms' sums and products: the stream, its norm (the same tensor after a post-norm), both branches.
-    hidden = 4 * model.hidden_size
+    hidden = 4 * model.hidden_size / share
     attention = (heads + pairs + heads) * dim  # query, key and value as attention reads them, its output
     first = (2 if model.activation in GATED else 1) * width
     # A norm's mean and deviation; attention's log-sum-exp; positions and intervals as int32, the intervals twice where
@@ -100,10 +112,10 @@ def _layer_bytes_per_token(model: ModelConfig, tensor: int, size: int) -> float:
     statistics = 4 * (2 * 2 + heads) + 4 * 4
     if model.norm_placement == "sandwich":
         # Each branch's norm saves its input; the sum of the attention's saves the norm's output as before.
-        hidden += 2 * model.hidden_size
+        hidden += 2 * model.hidden_size / share
         statistics += 2 * 2 * 4
     if model.norm_placement not in POST_NORM and model.hidden_dropout:
-        hidden += model.hidden_size  # the last sum's dropout is not fused and keeps its mask
+        hidden += model.hidden_size / share  # the last sum's dropout is not fused and keeps its mask
     return size * (hidden + attention + first + width) + statistics
 
 
@@ -173,7 +185,7 @@ def _stage_memory(
     layers = layers_per_stage(model.num_layers, stages)[stage]
     recompute = parallel.activation_checkpointing
     in_flight = max(1.0, min(float(stages - stage), micro_batches))
-    boundary = tokens * model.hidden_size * size  # [T, H]
+    boundary = stream_bytes(config)
     activations = layers * layer_saved_bytes(config, recompute)
     if stage == 0:
         # Token ids; the lookup, which dropout and the first norm save.
@@ -220,7 +232,9 @@ def _layer_backward_bytes(config: Config, size: int) -> float:
     """Gradients that live at once inside a layer: of the FFN's wide tensors and of three streams."""
     model, tensor = config.model, config.parallel.tensor_parallel
     wide = ((2 if model.activation in GATED else 1) + 1) * model.ffn_hidden_size / tensor
-    return config.micro_batch_size * config.sequence_length * size * (wide + 3 * model.hidden_size)
+    whole = 1 if stream_share(config) > 1 else 0  # a product gathers its input
+    slots = config.micro_batch_size * config.sequence_length
+    return slots * size * (wide + whole * model.hidden_size) + 3 * stream_bytes(config)
 
 
 def _head_bytes(config: Config, size: int, target_share: float) -> float:

@@ -1,6 +1,6 @@
 """What autograd saves for the backward pass of a model with the fused kernels: shapes alone, so of any size.
 
-Fake tensors run no kernel, and a mesh that says 4 and holds no group gives one tensor-parallel rank's shapes.
+Fake tensors run no kernel and a fake process group sends nothing: one tensor-parallel rank's shapes, alone.
 """
 
 import os
@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # lets the fused kernels be chosen without
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from train.cli import compose_train
 from train.mesh import Mesh
@@ -25,7 +26,12 @@ def measured(words: Sequence[str]) -> tuple[int, int]:
     """Bytes saved by the second layer, and by the whole model before its loss; parameters not counted."""
     config = compose_train(["data.path=unused", "kernels=triton", *words])
     dtype = DTYPES[config.precision.dtype]
-    mesh = replace(Mesh.single(), tensor=config.parallel.tensor_parallel)
+    ranks = config.parallel.tensor_parallel
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    group = torch.distributed.group.WORLD if ranks > 1 else None
+    mesh = replace(Mesh.single(), tensor=ranks, tensor_group=group)
     saved: list[tuple[int, int]] = []
     kept = []  # alive, so that no address is used twice
     current = [0]

@@ -114,10 +114,13 @@ for words in sys.argv[1:]:
 VARIANTS = [
     "model=tiny micro_batch_size=2",
     "model=tiny micro_batch_size=2 model.hidden_dropout=0.1 model.norm_placement=sandwich model.activation=gelu",
-    "model=1b precision=bf16 micro_batch_size=4",
-    "model=1b precision=bf16 micro_batch_size=4 parallel.activation_checkpointing=full",
+    "model=1b model.num_layers=4 precision=bf16 micro_batch_size=4",
+    "model=1b model.num_layers=4 precision=bf16 micro_batch_size=4 parallel.activation_checkpointing=full",
     "model=glm_130b model.num_layers=3 precision=fp16 parallel.tensor_parallel=4 micro_batch_size=1",
-    "model=glm_10b precision=bf16 micro_batch_size=2 data.sampling.positions=2d parallel.tensor_parallel=2",
+    "model=glm_130b model.num_layers=3 precision=bf16 parallel.tensor_parallel=8 parallel.sequence_parallel=true",
+    "model=1b model.num_layers=3 precision=bf16 parallel.tensor_parallel=4 parallel.sequence_parallel=true "
+    "parallel.activation_checkpointing=full",
+    "model=glm_10b model.num_layers=3 precision=bf16 data.sampling.positions=2d parallel.tensor_parallel=2",
     "model=chatglm2_6b precision=bf16 micro_batch_size=1 parallel.tensor_parallel=4 model.num_layers=3",
 ]
 
