@@ -1,7 +1,7 @@
 """GLM-130B's released class on small models exported by `train.convert`: writes the logits that CI compares with.
 
-The class comes in the wheel SwissArmyTransformer 0.2.12, which wants packages that this project does without. Unpack the
-wheel into any folder and run, from the repository's root:
+The class comes in the wheel SwissArmyTransformer 0.2.12, which wants packages that this project does without. Unpack
+the wheel into any folder and run, from the repository's root:
 
     PYTHONPATH=FOLDER python -m tests.train.sat_reference
 

@@ -208,3 +208,25 @@ def test_a_cast_on_the_way(tmp_path, tiny_dataset):
     source, weights = checkpoint(tmp_path / "source", tiny_dataset, "glm_130b", "fp32")
     home = convert(convert(source, tmp_path / "away", "glm_130b", dtype="bf16"), tmp_path / "home", "glm_130b")
     assert same(stored(home), {name: value.bfloat16() for name, value in weights.items()})
+
+
+@pytest.mark.e2e
+def test_imported_weights_train_and_generate(tmp_path, tiny_run, tiny_overrides, command):
+    """The command line, from a run to GLM-130B's files and back, then a new run that starts from there."""
+    command(
+        "train.convert", f"source={tiny_run}", f"target={tmp_path / 'away'}", "format=glm_130b", "tensor_parallel=2"
+    )
+    words = f"source={tmp_path / 'away'}", f"target={tmp_path / '回家'}", "format=glm_130b", "tensor_parallel=2"
+    command("train.convert", *words)
+    home = tmp_path / "回家"
+    texts = [
+        command("train.generate", f"checkpoint={folder}", "text=孔明曰[MASK]主公", "max_new_tokens=4").stdout
+        for folder in (tiny_run, home)
+    ]
+    assert texts[0] == texts[1]
+    assert "孔明曰" in texts[0]
+    command("train", *tiny_overrides, f"run_dir={tmp_path / 'run'}", f"initialize_from={home}", "max_steps=1")
+    before = [json.loads(line)["loss"] for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    after = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    # The same first samples, now with trained weights.
+    assert after < before[0] - 0.2

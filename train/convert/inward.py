@@ -13,24 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.cli import as_yaml
 from data_prep.errors import ConfigError, DataError
-from data_prep.files import checksum, write_bytes, write_json
 from data_prep.tokenizer import MODEL_FILE, SPECIALS, Tokenizer
 from train import rules
-from train.checkpoint.pieces import Piece
-from train.checkpoint.write import VERSION
 from train.cli import compose_train
 from train.config import Config, ModelConfig
 from train.convert.config import ConvertConfig
-from train.convert.folder import shards, whole_folder
+from train.convert.folder import whole_folder
 from train.convert.formats import Format
 from train.convert.mapping import Mapping, layouts
+from train.convert.native import write_checkpoint
 from train.convert.registry import format_of
 from train.convert.sources import Ranks, Weights, rank_files, shard_files
-from train.convert.tensor_files import SafetensorsWriter, Spec
+from train.convert.tensor_files import Spec
 from train.convert.vocabulary import Vocabulary
-from train.mesh import Mesh
 from train.model.build import DTYPES
 from train.model.parameters import Layout
 
@@ -78,8 +74,8 @@ def read_in(settings: ConvertConfig, source: Path) -> Path:
 
     target = Path(settings.target)
     with whole_folder(target, sum(spec.bytes for spec in specs)) as folder:
-        files = _write_weights(folder, specs, settings, read)
-        _finish(folder, config, tokenizer, files, {"format": found.name, "source": str(source)})
+        origin = {"format": found.name, "source": str(source)}
+        write_checkpoint(folder, config, tokenizer, specs, read, settings.shard_gigabytes * 1e9, origin)
     return target
 
 
@@ -156,42 +152,3 @@ def _commonest(places: dict[str, Layout], dtype_of: Callable[[str], torch.dtype]
     for name, place in places.items():
         counts[_NAMES[dtype_of(name)]] += torch.Size(place.full_shape).numel()
     return counts.most_common(1)[0][0]
-
-
-def _write_weights(
-    folder: Path, specs: list[Spec], settings: ConvertConfig, read: Callable[[Spec], Tensor]
-) -> dict[str, dict[str, Any]]:
-    """The files of `model/`; returns their entries of the manifest."""
-    (folder / "model").mkdir()
-    entries = {}
-    for number, part in enumerate(shards(specs, settings.shard_gigabytes * 1e9)):
-        # As `train.checkpoint.pieces` lays them out: whole tensors of one rank, flattened.
-        pieces = [Piece("weight", Layout(spec.key, spec.shape), 0, spec.numel) for spec in part]
-        flat = [Spec(piece.key, (spec.numel,), spec.dtype) for piece, spec in zip(pieces, part, strict=True)]
-        name = f"model/rank_{number:05d}.safetensors"
-        places = json.dumps({piece.key: piece.describe() for piece in pieces})
-        writer = SafetensorsWriter(folder / name, flat, {"pieces": places})
-        for spec in part:
-            writer.add(read(spec).reshape(-1))
-        entries[name] = writer.close()
-    return entries
-
-
-def _finish(
-    folder: Path, config: Config, tokenizer: Tokenizer, files: dict[str, dict[str, Any]], origin: dict[str, str]
-) -> None:
-    """What makes the folder a checkpoint: config, tokenizer, state, and the manifest last."""
-    state = {"consumed_samples": 0, "converted_from": origin}
-    write_json(folder / "trainer_state.json", state)
-    write_bytes(folder / "config.yaml", as_yaml(config).encode())
-    write_bytes(folder / "tokenizer" / MODEL_FILE, tokenizer.model)
-    for name in ("trainer_state.json", "config.yaml", f"tokenizer/{MODEL_FILE}"):
-        files[name] = {"bytes": (folder / name).stat().st_size, "checksum": checksum(folder / name)}
-    manifest = {
-        "version": VERSION,
-        "step": 0,
-        "layout": {**Mesh.single().describe(), "zero_stage": 0},
-        "dtype": config.precision.dtype,
-        "files": dict(sorted(files.items())),
-    }
-    write_json(folder / "manifest.json", manifest)

@@ -22,6 +22,7 @@ from train.convert.folder import shards, whole_folder
 from train.convert.formats import Format
 from train.convert.mapping import Mapping, layouts
 from train.convert.registry import format_of
+from train.convert.sources import ROWS_AT_ONCE
 from train.convert.tensor_files import SafetensorsWriter, Spec, TorchWriter
 from train.convert.tokenizers import write_modeling, write_tokenizer
 from train.convert.vocabulary import Vocabulary
@@ -91,7 +92,9 @@ class Plan:
             return (tensor,)
         assert self.bits is not None
         try:
-            return quantise(tensor, self.bits)
+            # Rows do not depend on each other, and the fp32 values in between take several times their bytes.
+            pairs = [quantise(rows, self.bits) for rows in tensor.split(ROWS_AT_ONCE)]
+            return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
         except ValueError as error:
             raise DataError(f"{self.checkpoint}: {key} cannot be quantised ({error})") from error
 

@@ -14,6 +14,8 @@ from train.model.build import DTYPES
 from train.model.parameters import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
+ROWS_AT_ONCE = 1024
+"""Rows that are quantised, or turned back, at a time."""
 
 
 class Weights:
@@ -26,7 +28,7 @@ class Weights:
         missing = [key for key in shapes if key not in self._file]
         if missing:
             raise DataError(f"{where}: {_listed(missing)} missing; it is another model's or incomplete")
-        scales = {key + SCALE_SUFFIX for key in shapes}
+        scales = {key + SCALE_SUFFIX for key in shapes if self.spec(key).dtype == torch.int8}
         extra = [key for key in self._file if key not in shapes and key not in scales and not key.endswith(ignored)]
         if extra:
             raise DataError(f"{where}: {_listed(extra)} not part of this model; check format= and model=")
@@ -64,7 +66,8 @@ class Weights:
         tensor = file.read(key)
         if key in self._bits:
             scale = self._file[key + SCALE_SUFFIX].read(key + SCALE_SUFFIX)
-            return dequantise(tensor, scale, self._bits[key], dtype or torch.float16)
+            blocks = zip(tensor.split(ROWS_AT_ONCE), scale.split(ROWS_AT_ONCE), strict=True)
+            return torch.cat([dequantise(*block, self._bits[key], dtype or torch.float16) for block in blocks])
         return tensor if dtype is None else tensor.to(dtype)
 
 
