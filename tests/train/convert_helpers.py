@@ -1,6 +1,5 @@
 """Small checkpoints of any model, written as two tensor-parallel ranks write them, and folders compared."""
 
-import json
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from data_prep.cli import as_yaml
 from data_prep.files import checksum
 from train.checkpoint.pieces import Piece, PieceReader, save_pieces
+from train.checkpoint.select import write_manifest
 from train.cli import compose_train
 from train.config import Config, ModelConfig
 from train.convert.__main__ import main
@@ -104,7 +104,7 @@ def write_checkpoint(
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "checksum": checksum(path)} for path in paths
     }
     manifest = {"version": 1, "step": 30, "layout": {"tensor_parallel": ranks}, "dtype": "fp32", "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return folder
 
 

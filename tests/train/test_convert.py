@@ -210,6 +210,7 @@ def test_a_cast_on_the_way(tmp_path, tiny_dataset):
     assert same(stored(home), {name: value.bfloat16() for name, value in weights.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_imported_weights_train_and_generate(tmp_path, tiny_run, tiny_overrides, command):
     """The command line, from a run to GLM-130B's files and back, then a new run that starts from there."""

@@ -11,6 +11,7 @@ from data_prep.cli import as_yaml
 from data_prep.files import checksum, write_bytes, write_json
 from data_prep.tokenizer import MODEL_FILE, Tokenizer
 from train.checkpoint.pieces import Piece
+from train.checkpoint.select import write_manifest
 from train.checkpoint.write import VERSION
 from train.config import Config
 from train.convert.folder import shards
@@ -46,7 +47,7 @@ def write_checkpoint(
         "dtype": config.precision.dtype,
         "files": dict(sorted(files.items())),
     }
-    write_json(folder / "manifest.json", manifest)
+    write_manifest(folder, manifest)
 
 
 def _write_weights(
