@@ -25,5 +25,9 @@ class RunFailed(RuntimeError):
     step, rank and layer, and what to try."""
 
 
+class RankFailed(RunFailed):
+    """One rank cannot go on and the others do not know: no collective may follow."""
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved itself; the message holds the command that resumes it."""

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from data_prep.batch import NUM_GROUPS, Batch
-from data_prep.errors import RunFailed
+from data_prep.errors import RankFailed, RunFailed
 from train import backend
 from train.collective import gather
 from train.config import Config
 from train.fragments import Fragment, local_fragments
 from train.labels import Labels, inputs
+from train.memory import largest_holders, peak_memory
 from train.mesh import Mesh
 from train.model.build import DTYPES
 from train.optimizer import make_optimizer
@@ -90,6 +91,8 @@ class Engine:
         self._clear()
         try:
             self._train(batches)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(len(batches), error) from error
         except Exception as error:
             if "loss scale already at minimum" in str(error):
                 raise RunFailed(
@@ -205,6 +208,15 @@ class Engine:
 
     def _evaluate(self, batches: Sequence[Batch | None]) -> None:
         raise NotImplementedError("PlainEngine and PipelineEngine define it")
+
+    def _out_of_memory(self, micro_batches: int, error: Exception) -> RankFailed:
+        """What holds the memory by the config's own arithmetic, and which key would help."""
+        memory = peak_memory(self.config, data_parallel=self.mesh.data, micro_batches=micro_batches)
+        what = str(error).partition("\n")[0].rstrip(". ")
+        return RankFailed(
+            f"rank {self.mesh.rank} is out of memory: {what}. By the config the largest holders of the fullest stage "
+            f"are: {largest_holders(self.config, memory)}"
+        )
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer:
         return make_optimizer(model, self.config.optimizer, self.mesh, clips=self.zero_stage == 0)

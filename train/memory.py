@@ -264,3 +264,27 @@ def _bucket_bytes(config: Config, held: float, size: int) -> float:
 def whole_micro_batches(config: Config, data_parallel: float) -> float:
     """Micro-batches a step and replica; fractional where the layout does not divide."""
     return config.global_batch_size / (config.micro_batch_size * data_parallel)
+
+
+def largest_holders(config: Config, memory: Memory) -> str:
+    """The three largest kinds of a prediction, each with the key that would make it smaller; for a message."""
+    kinds = sorted(memory.kinds().items(), key=lambda item: -item[1])[:3]
+    return "; ".join(f"{kind} {size / 2**30:.3g} GiB ({_remedy(config, kind)})" for kind, size in kinds)
+
+
+def _remedy(config: Config, kind: str) -> str:
+    parallel = config.parallel
+    fewer = "a smaller micro_batch_size" if config.micro_batch_size > 1 else "more parallel.tensor_parallel"
+    if kind == "activations" and parallel.activation_checkpointing == "none":
+        return "parallel.activation_checkpointing=full"
+    if kind in ("activations", "working") and parallel.tensor_parallel > 1 and not parallel.sequence_parallel:
+        return "parallel.sequence_parallel=true"
+    if kind in ("activations", "working", "head"):
+        return fewer
+    if kind == "buffers":
+        return "a smaller parallel.reduce_bucket_elements"
+    # The ZeRO stage from which this kind is divided over the data-parallel ranks.
+    stage = {"weights": 3, "gradients": 2}.get(kind, 1)
+    if parallel.zero_stage >= stage:
+        return "more ranks"
+    return f"parallel.zero_stage={stage}" if stage == 1 or parallel.pipeline_parallel == 1 else "more pipeline stages"

@@ -16,7 +16,7 @@ from typing import Any
 from data_prep.batch import Batch
 from data_prep.cli import as_yaml
 from data_prep.dataset import Dataset
-from data_prep.errors import ConfigError, DataError, RunFailed, Stopped
+from data_prep.errors import ConfigError, DataError, RankFailed, RunFailed, Stopped
 from data_prep.loader import SampleStream, make_loader
 from data_prep.order import DataPlan, mixture_plan
 from data_prep.samples import Sampler
@@ -110,9 +110,10 @@ class Trainer:
                 reason = self.stop.name or "a signal to another rank"
                 raise Stopped(f"stopped by {reason} after step {self.step}; resume with: {command_line()}")
             status = "done"
-        except RunFailed:
-            # All ranks raise it together: a save that is under way still gets whole.
-            self.saver.finish()
+        except RunFailed as error:
+            if not isinstance(error, RankFailed):
+                # All ranks raise it together: a save that is under way still gets whole.
+                self.saver.finish()
             raise
         finally:
             for observer in self.observers:
@@ -131,6 +132,8 @@ class Trainer:
             self.heart.now("step")
             try:
                 result = self.engine.step(global_batch, lr, embedding_shrink(self.config, self.consumed_samples))
+            except RankFailed:
+                raise
             except RunFailed as error:
                 self._read_pending()
                 self._event(self.step + 1, "loss_scale_floor", str(error))

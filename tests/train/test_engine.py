@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from data_prep.errors import RunFailed
+from data_prep.errors import RankFailed, RunFailed
 from tests.train.parity import (
     BATCH,
     LR,
@@ -156,3 +156,22 @@ def _different_batches() -> str:
 
 def test_ranks_that_read_different_batches_are_stopped() -> None:
     assert "read different batches" in in_ranks(2, _different_batches)
+
+
+def _exhausted(overrides: list[str]) -> str:
+    engine = start_engine(overrides)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …\nmore")
+    with mock.patch.object(engine, "_train", side_effect=error), pytest.raises(RankFailed) as caught:
+        engine.step(my_batches(engine, 0, BATCH), LR, SHRINK)
+    return str(caught.value)
+
+
+def test_out_of_memory_names_the_largest_holders_and_what_would_help() -> None:
+    said = in_ranks(1, _exhausted, ["parallel.zero_stage=0", "micro_batch_size=8", "sequence_length=32"])
+    assert said.startswith("rank 0 is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …. ")
+    assert said.count(" GiB (") == 3
+    assert "activations" in said
+    assert "(parallel.activation_checkpointing=full)" in said
+    recomputed = in_ranks(2, _exhausted, ["parallel.activation_checkpointing=full", TENSOR, "parallel.zero_stage=0"])
+    assert "(parallel.activation_checkpointing=full)" not in recomputed
+    assert "(parallel.zero_stage=1)" in recomputed
