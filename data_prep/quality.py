@@ -4,13 +4,16 @@ Rules in the manner of Gopher (arXiv 2112.11446, table A1) and C4, with limits o
 `data.cleaning.limits` changes one by one. The reason for keeping a document aside is `quality_<figure>`.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.characters import Kind, count_kinds
 from data_prep.errors import ConfigError
 from data_prep.language import ENGLISH_WORDS
+from data_prep.shingles import by_characters, by_words
 
 FIGURES = {
     "length": "characters that are not white space",
@@ -27,6 +30,8 @@ FIGURES = {
 """Meaning of each figure."""
 
 Limits = Mapping[str, tuple[float, float]]
+CHARACTERS, WORDS = 10, 3
+"""Length of the runs whose repetition counts."""
 _INFINITY = float("inf")
 _COMMON: Limits = {
     "length": (100, _INFINITY),
@@ -62,21 +67,23 @@ def figures(text: str, lang: str) -> dict[str, float]:
         "unfinished_lines": sum(line.endswith(("…", "...")) for line in lines) / max(1, len(lines)),
     }
     if lang.startswith("zh"):
-        flat = "".join(lines)
-        result["repeated_ngrams"] = _most_frequent([flat[i : i + 10] for i in range(len(flat) - 9)], 10, len(flat))
+        result["repeated_ngrams"] = _most_frequent(by_characters([text], CHARACTERS)[0], CHARACTERS)
         return result
     words = text.lower().split()
-    runs = list(zip(words, words[1:], words[2:], strict=False))
-    result["repeated_ngrams"] = _most_frequent(runs, 3, len(words))
+    result["repeated_ngrams"] = _most_frequent(by_words([text], WORDS)[0], WORDS)
     result["word_length"] = visible / max(1, len(words))
-    result["stop_words"] = sum(word in ENGLISH_WORDS for word in words) / max(1, len(words))
+    result["stop_words"] = len([word for word in words if word in ENGLISH_WORDS]) / max(1, len(words))
     return result
 
 
-def _most_frequent(runs: list[Any], length: int, units: int) -> float:
-    """Part of the units in the commonest run, where it stands three times or more."""
-    count = max(Counter(runs).values(), default=0)
-    return count * length / max(1, units) if count > 2 else 0.0
+def _most_frequent(runs: NDArray[np.uint64], length: int) -> float:
+    """Part of the text in the commonest run of `length` units, where it stands three times or more."""
+    runs = np.sort(runs)
+    if len(runs) < 3:
+        return 0.0
+    edges = np.flatnonzero(np.concatenate([[True], runs[1:] != runs[:-1], [True]]))
+    count = int(np.diff(edges).max())
+    return min(1.0, count * length / (len(runs) + length - 1)) if count > 2 else 0.0
 
 
 def limits_of(changes: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -28,8 +28,8 @@ from data_prep.sources import Rejected, read_documents
 from data_prep.steps.work import DOCUMENT, Work
 from data_prep.tally import Tally
 
-BATCH_CHARACTERS = 1_000_000
-"""Text that is hashed at once."""
+BATCH_CHARACTERS = 200_000
+"""Text that is hashed at once: more than that leaves the cache and takes longer."""
 Documents = Iterable[Document]
 
 

@@ -1,0 +1,273 @@
+"""Measures the data pipeline and prints the tables of benchmarks/data_prep.md.
+
+    python -m benchmarks.data_prep duplicates              # recall and precision on planted near-duplicates
+    python -m benchmarks.data_prep languages lid.jsonl     # accuracy; lines {text, lang, set}
+    python -m benchmarks.data_prep speed DATASET           # MB/s of each step on one core, with DATASET's tokenizer
+    python -m benchmarks.data_prep cost DATASET zh.jsonl en.jsonl 25 50 100    # whole preparations of so many MB
+    python -m benchmarks.data_prep start DATASET           # opening a dataset of 1 TB (sparse files)
+
+Times are of the processor, which a shared machine does not falsify.
+"""
+
+import gzip
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.clean import clean_text, duplicate_key
+from data_prep.config import SamplingConfig
+from data_prep.dataset import Dataset
+from data_prep.language import detect_language
+from data_prep.manifest import Manifest, ShardInfo
+from data_prep.personal import mask_personal
+from data_prep.quality import figures
+from data_prep.samples import Sampler
+from data_prep.shards import MAGIC
+from data_prep.shingles import by_characters, by_words
+from data_prep.signatures import Signer, compact, similarity
+from data_prep.sources import BUNDLED
+from data_prep.tokenizer import Tokenizer
+
+RATES = (0.01, 0.05, 0.1, 0.2)
+BATCH = 64
+
+
+def texts(lang: str) -> list[str]:
+    """The embedded corpus in one language."""
+    with gzip.open(BUNDLED / f"{lang}.jsonl.gz", "rt", encoding="utf-8") as packed:
+        return [json.loads(line)["text"] for line in packed]
+
+
+def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def duplicates() -> None:
+    """Copies with units replaced at each rate among originals: pairs found of those planted, and found wrongly."""
+    for threshold, signer in ((0.7, Signer()), (0.3, Signer(bands=40, rows=3))):
+        print(f"\nsimilarity {threshold}, {signer.bands} bands of {signer.rows} rows\n")
+        _duplicates(threshold, signer)
+
+
+def _duplicates(threshold: float, signer: Signer) -> None:
+    rows: list[tuple[object, ...]] = []
+    for lang in ("zh", "en"):
+        chinese = lang == "zh"
+        originals = [text for text in texts(lang) if len(text) > 1000]
+        for rate in RATES:
+            copies = [edited(text, rate, number, not chinese) for number, text in enumerate(originals)]
+            every = originals + copies
+            minima, _ = signer.sign(every, [chinese] * len(every))
+            cut = by_characters if chinese else by_words
+            hashes, owner = cut(every, 5)
+            sets = [set(part.tolist()) for part in np.split(hashes, np.flatnonzero(np.diff(owner)) + 1)]
+            buckets = signer.band_hashes(minima)
+            pairs: set[tuple[int, int]] = set()
+            for band in buckets:
+                order = np.argsort(band, kind="stable")
+                for a, b in pairwise(order):
+                    if band[a] == band[b]:
+                        pairs.add((min(a, b), max(a, b)))
+            candidates = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
+            small = compact(minima)
+            found = candidates[similarity(small[candidates[:, 0]], small[candidates[:, 1]]) >= threshold]
+            n = len(originals)
+            planted = sum(int(b - a == n) for a, b in found)
+            jaccard = [len(sets[k] & sets[k + n]) / len(sets[k] | sets[k + n]) for k in range(n)]
+            above = sum(value >= threshold for value in jaccard)
+            true = sum(len(sets[a] & sets[b]) / len(sets[a] | sets[b]) > threshold - 0.1 for a, b in found)
+            precision = f"{true / len(found):.1%}" if len(found) else "–"
+            mean = float(np.mean(jaccard))
+            rows.append(
+                (lang, f"{rate:.0%}", n, f"{mean:.2f}", above, f"{planted / n:.1%}", precision, len(found) - planted)
+            )
+    header = (
+        "lang",
+        "edits",
+        "planted",
+        "mean similarity",
+        "of these at or over it",
+        "found",
+        "precision",
+        "other pairs found",
+    )
+    table(header, rows)
+
+
+def edited(text: str, rate: float, seed: int, words: bool) -> str:
+    """The text with a share of its words or characters replaced by others of the same text."""
+    generator = random.Random(seed)
+    units = text.split(" ") if words else list(text)
+    return (" " if words else "").join(u if generator.random() >= rate else generator.choice(units) for u in units)
+
+
+def languages(path: str) -> None:
+    """Accuracy by set."""
+    right: Counter[tuple[str, str]] = Counter()
+    every: Counter[tuple[str, str]] = Counter()
+    wrong: dict[tuple[str, str], Counter[str]] = {}
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            one = json.loads(line)
+            key = (one["lang"], one["set"])
+            found = detect_language(one["text"])
+            every[key] += 1
+            right[key] += found == one["lang"]
+            if found != one["lang"]:
+                wrong.setdefault(key, Counter())[found] += 1
+    rows: list[tuple[object, ...]] = [
+        (lang, name, every[lang, name], f"{right[lang, name] / every[lang, name]:.1%}", _said(wrong.get((lang, name))))
+        for lang, name in sorted(every)
+    ]
+    rows.append(("all", "", sum(every.values()), f"{sum(right.values()) / sum(every.values()):.1%}", ""))
+    table(("language", "set", "documents", "right", "taken for"), rows)
+
+
+def _said(wrong: Counter[str] | None) -> str:
+    return ", ".join(f"{lang} {count}" for lang, count in wrong.most_common()) if wrong else ""
+
+
+def speed(folder: str) -> None:
+    """MB/s of each step, best of three rounds."""
+    tokenizer = Tokenizer.load(folder)
+    signer = Signer()
+    rows: list[tuple[object, ...]] = []
+    for lang in ("zh", "en"):
+        documents = texts(lang)
+        size = sum(len(text.encode()) for text in documents)
+        parts = [documents[n : n + BATCH] for n in range(0, len(documents), BATCH)]
+
+        def sign(parts: list[list[str]] = parts, lang: str = lang) -> None:
+            for part in parts:
+                minima, _ = signer.sign(part, [lang == "zh"] * len(part))
+                signer.band_hashes(minima)
+                compact(minima)
+
+        steps: dict[str, Callable[[], object]] = {
+            "normalise": lambda d=documents: [clean_text(text) for text in d],
+            "duplicate key": lambda d=documents: [duplicate_key(text) for text in d],
+            "language": lambda d=documents: [detect_language(text) for text in d],
+            "quality": lambda d=documents, la=lang: [figures(text, la) for text in d],
+            "personal data": lambda d=documents: [mask_personal(text) for text in d],
+            "near-duplicate signatures": sign,
+            "tokenise": lambda d=documents: tokenizer.encode_batch(d),
+        }
+        for name, step in steps.items():
+            taken = min(_seconds(step) for _ in range(3))
+            more = ""
+            if name == "tokenise":
+                tokens = sum(map(len, tokenizer.encode_batch(documents)))
+                more = f"{tokens / taken / 1e6:.1f} M tokens/s"
+            rows.append((lang, name, f"{size / taken / 1e6:.0f}", more))
+    table(("lang", "step", "MB/s", ""), rows)
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    before = time.process_time()
+    step()
+    return time.process_time() - before
+
+
+def cost(folder: str, zh: str, en: str, *megabytes: str) -> None:
+    """Whole preparations with `data=web` and the tokenizer of `folder`."""
+    rows: list[tuple[object, ...]] = []
+    for wanted in map(int, megabytes):
+        with tempfile.TemporaryDirectory() as place:
+            sizes = [_head(Path(path), Path(place) / f"{n}.jsonl", wanted * 500_000) for n, path in enumerate((zh, en))]
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            begin = time.perf_counter()
+            words = [f"data.sources=[{place}/0.jsonl,{place}/1.jsonl]", f"data.path={place}/out", "data=web"]
+            command = [sys.executable, "-m", "data_prep", *words, f"tokenizer.path={folder}", "tokenizer.threads=1"]
+            subprocess.run([*command, "data.pipeline.workers=1"], check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            manifest = Manifest.read(Path(place) / "out")
+            counts = manifest.counts("train").plus(manifest.counts("valid")).plus(manifest.counts("test"))
+            written = sum(path.stat().st_size for path in (Path(place) / "out").rglob("*") if path.is_file())
+            refused = sum(sum(reasons.values()) for reasons in manifest.rejected.values())
+        size, wall = sum(sizes) / 1e6, time.perf_counter() - begin
+        memory = f"{after.ru_maxrss / 2**10:.0f}"
+        row = f"{size:.0f}", f"{counts.documents:,}", f"{refused:,}", f"{counts.tokens / 1e6:.1f}", f"{taken:.0f}"
+        rows.append((*row, f"{size / taken:.1f}", f"{wall:.0f}", memory, f"{written / 1e6:.0f}"))
+        print(rows[-1], file=sys.stderr, flush=True)
+    header = ("text MB", "kept", "kept aside", "M tokens", "CPU s", "MB / CPU s", "wall s", "peak MiB", "folder MB")
+    table(header, rows)
+
+
+def _head(source: Path, target: Path, size: int) -> int:
+    """The first documents of a file up to a size of text; returns their text's bytes."""
+    taken = 0
+    with open(source, "rb") as lines, open(target, "wb") as out:
+        for line in _whole(lines):
+            taken += len(json.loads(line)["text"].encode())
+            out.write(line)
+            if taken >= size:
+                break
+    return taken
+
+
+def _whole(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines that end."""
+    return (line for line in lines if line.endswith(b"\n"))
+
+
+def start(folder: str) -> None:
+    """Open a dataset of 1 TB whose files are sparse, and build its sampler and first sample."""
+    shards, tokens, documents = 466, 1 << 30, 1 << 20
+    with tempfile.TemporaryDirectory() as place:
+        target = Path(place)
+        manifest = Manifest.read(Path(folder))
+        os.symlink(Path(folder).absolute() / "tokenizer", target / "tokenizer")
+        os.symlink(Path(folder).absolute() / "unigram.npy", target / "unigram.npy")
+        (target / "train").mkdir()
+        stream = manifest.sources[0]
+        stream.shards = []
+        for number in range(shards):
+            name = f"train/{stream.key}-{number:05d}"
+            with open(target / f"{name}.bin", "wb") as file:
+                file.truncate(tokens * 2)
+            with open(target / f"{name}.idx", "wb") as file:
+                head = (
+                    MAGIC
+                    + np.array([1], "<u8").tobytes()
+                    + b"\x08"
+                    + np.array([documents, documents + 1], "<u8").tobytes()
+                )
+                file.write(head)
+                file.seek(len(head) + 4 * (documents - 1))
+                file.write(np.array([tokens // documents], "<i4").tobytes())
+                file.seek(len(head) + 12 * documents - 8)
+                file.write(np.array([(tokens - tokens // documents) * 2], "<i8").tobytes())
+                file.truncate(len(head) + 12 * documents + 8 * (documents + 1))
+            stream.shards.append(ShardInfo(name, "train", tokens * 2, tokens, documents, "0" * 32, "0" * 32))
+        manifest.sources = [stream]
+        manifest.write(target)
+        size = (target / "manifest.json").stat().st_size
+        begin, cpu = time.perf_counter(), time.process_time()
+        sampler = Sampler(Dataset.open(target), SamplingConfig(), 2048, seed=1)
+        sampler.sample(0)
+        wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    total = shards * tokens
+    row = (shards, f"{total / 1e9:.0f}", f"{total * 2 / 1e12:.2f}", f"{size / 1e6:.2f}", f"{wall:.2f}", f"{cpu:.2f}")
+    table(("shards", "G tokens", "TB", "manifest MB", "wall s", "CPU s"), [row])
+
+
+if __name__ == "__main__":
+    known: dict[str, Callable[..., None]] = {f.__name__: f for f in (duplicates, languages, speed, cost, start)}
+    if len(sys.argv) < 2 or sys.argv[1] not in known:
+        sys.exit(str(__doc__))
+    known[sys.argv[1]](*sys.argv[2:])
