@@ -77,18 +77,16 @@ def work(words: str, steps: int, target: Path) -> None:
     results = [engine.step(batches, config.optimizer.lr, 1.0) for _ in range(3)]
     gpu = mesh.device.type != "cpu"
     backend.memory()  # from here on the peak counts
-    seconds = []
-    for _ in range(steps):
-        results.append(None)  # type: ignore[arg-type]
 
-        def step() -> Any:
-            results[-1] = engine.step(batches, config.optimizer.lr, 1.0)
-            return results[-1].loss
+    def step() -> torch.Tensor:
+        results.append(engine.step(batches, config.optimizer.lr, 1.0))
+        return results[-1].loss
 
-        seconds.append(timed(step, gpu)[0])
+    seconds = [timed(step, gpu)[0] for _ in range(steps)]
     numbers = engine.read(results)
-    peak = torch.tensor([backend.memory().get(name, 0) for name in ("memory_peak_bytes", "memory_reserved_bytes")])
-    peak = peak.to(mesh.device)
+    memory = backend.memory()
+    names = ("memory_peak_bytes", "memory_reserved_bytes")
+    peak = torch.tensor([memory.get(name, 0) for name in names], device=mesh.device)
     torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
     if mesh.rank == 0:
         found = {

@@ -249,7 +249,11 @@ class CostModel:
 
     def _tensor_seconds(self) -> float:
         """One all-reduce of the stream over the tensor-parallel ranks, or a gather and a scatter of its shares."""
-        return self._ring_seconds("tensor", self._whole_bytes(), self.config.parallel.tensor_parallel, 2)
+        ranks = self.config.parallel.tensor_parallel
+        if ranks == 1:
+            return 0.0
+        hop = HOP_SECONDS["network" if self._crosses("tensor") else "link"]
+        return 2 * (ranks - 1) * (self._whole_bytes() / ranks / (self._bandwidth("tensor") * RING) + hop)
 
     def _tensor_backward_seconds(self, once: float) -> float:
         """A layer's collectives of the backward pass that its weight gradients do not hide.
@@ -300,13 +304,6 @@ class CostModel:
             return 0.0
         hops = 2 * (self.data - 1) * HOP_SECONDS["network" if self._crosses("data") else "link"]
         return self._reduce_bytes(held) / (self._bandwidth("data") * RING) + hops
-
-    def _ring_seconds(self, axis: str, size: float, ranks: int, rounds: int) -> float:
-        """rounds: 2 for an all-reduce, 1 for a gather or a scatter."""
-        if ranks == 1:
-            return 0.0
-        hop = HOP_SECONDS["network" if self._crosses(axis) else "link"]
-        return rounds * (ranks - 1) * (size / ranks / (self._bandwidth(axis) * RING) + hop)
 
     def _crosses(self, axis: str) -> bool:
         """Whether an axis leaves the node. Ranks are laid out tensor first, then data, then pipeline."""
