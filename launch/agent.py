@@ -10,6 +10,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,20 +27,52 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from data_prep.errors import EXIT_DONE, EXIT_STOPPED
 from launch.console import Console
-from launch.ranks import Ranks
+from launch.ranks import Failure, Ranks
 
 POLL_SECONDS = 0.05
+RENDEZVOUS_SECONDS = 60
+"""How long the agents of a job wait for each other."""
+PARTING_SECONDS = 10.0
+"""How long an agent whose ranks are done keeps the rendezvous' store for the others."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This machine among those of a job."""
+
+    nodes: int
+    node_rank: int
+    address: str
+    """Of the first machine, as all see it."""
+    port: int
+    """Free on the first machine."""
+    run_id: str
+
+
+@dataclass
+class Steering:
+    """What a supervisor asks of running ranks, from another thread; and what it may know of them."""
+
+    signals: list[signal.Signals] = field(default_factory=list)
+    """To be passed on to the ranks; signal handlers add to it too."""
+    dump: list[int] = field(default_factory=list)
+    """Ranks whose stacks are wanted."""
+    abort: bool = False
+    """End the ranks at once."""
+    pids: dict[int, int] = field(default_factory=dict)
+    """Process of each rank, while they run."""
+    failure: Failure | None = None
+    """Which rank failed first, when one did."""
 
 
 class Agent(SimpleElasticAgent):
     """One machine's agent; `status` holds the run's exit status when `run` has returned."""
 
-    def __init__(self, spec: WorkerSpec, command: Sequence[str], ranks: Ranks) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: WorkerSpec, command: Sequence[str], ranks: Ranks, steering: Steering) -> None:
+        super().__init__(spec, exit_barrier_timeout=PARTING_SECONDS)
         self.status: int | None = None
-        self.signals: list[signal.Signals] = []
-        """Signals that this process got and has not passed on; handlers only add to it."""
+        self._steering = steering
         self._command = list(command)
         self._ranks = ranks
 
@@ -68,11 +101,18 @@ class Agent(SimpleElasticAgent):
             }
             for worker in worker_group.workers
         }
-        return dict(self._ranks.start(self._command, environments))
+        self._steering.pids = self._ranks.start(self._command, environments)
+        return {worker.local_rank: self._steering.pids[worker.global_rank] for worker in worker_group.workers}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        while self.signals:
-            self._ranks.forward(self.signals.pop(0))
+        steering = self._steering
+        while steering.signals:
+            self._ranks.forward(steering.signals.pop(0))
+        if steering.dump:
+            wanted, steering.dump = steering.dump, []
+            self._ranks.dump_stacks(wanted)
+        if steering.abort:
+            self._ranks.abort()
         self.status = self._ranks.poll()
         if self.status is None:
             return RunResult(state=WorkerState.HEALTHY)
@@ -90,51 +130,75 @@ class Agent(SimpleElasticAgent):
             self._ranks.end()
 
 
-def run_ranks(command: Sequence[str], processes: int, logs: Path) -> int:
+def run_ranks(
+    command: Sequence[str], processes: int, logs: Path, *, place: Place | None = None, steering: Steering | None = None
+) -> int:
     """Run `command` as so many ranks on this machine; returns the exit status.
 
     0 when all are done, 75 when they saved and stopped on a signal, else the status of the rank that failed first
-    (1 when a signal ended it). Signals that this process gets are passed on. logs: folder of rank_N.log.
+    (1 when a signal ended it). Signals that this process gets are passed on. logs: folder of rank_N.log. place: this
+    machine's among several; None for a job of its own. steering: a supervisor's hand, who then also prints the
+    culprit's words; only the first machine's ranks write on the console.
     """
     # Its warnings speak of its own process manager's options.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    parameters = RendezvousParameters(
-        backend="c10d",
-        endpoint="127.0.0.1:0",
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="127.0.0.1",
-        is_host=True,
-        timeout=60,
-    )
-    console = Console(logs)
-    ranks = Ranks(console)
-    spec = WorkerSpec(
-        role="train",
-        local_world_size=processes,
-        rdzv_handler=rendezvous_registry.get_rendezvous_handler(parameters),
-        entrypoint=command[0],
-        args=tuple(command[1:]),
-        max_restarts=0,
-        monitor_interval=POLL_SECONDS,
-        local_addr="127.0.0.1",
-    )
-    agent = Agent(spec, command, ranks)
+    supervised = steering is not None
+    steering = steering or Steering()
+    first = place is None or place.node_rank == 0
+    with open(os.devnull, "wb") as nowhere:
+        console = Console(logs) if first else Console(logs, out=nowhere, err=nowhere)
+        ranks = Ranks(console, supervised=supervised)
+        spec = WorkerSpec(
+            role="train",
+            local_world_size=processes,
+            rdzv_handler=rendezvous_registry.get_rendezvous_handler(_rendezvous(place)),
+            entrypoint=command[0],
+            args=tuple(command[1:]),
+            max_restarts=0,
+            monitor_interval=POLL_SECONDS,
+            local_addr="127.0.0.1" if place is None else None,
+        )
+        agent = Agent(spec, command, ranks, steering)
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        agent.signals.append(signal.Signals(signum))
+        def handle(signum: int, frame: FrameType | None) -> None:
+            steering.signals.append(signal.Signals(signum))
 
-    before = {signum: signal.signal(signum, handle) for signum in SIGNALS}
-    try:
-        agent.run()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        console.close()
-        spec.rdzv_handler.shutdown()
+        before = {signum: signal.signal(signum, handle) for signum in SIGNALS}
+        try:
+            agent.run()
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            steering.pids = {}
+            console.close()
+            spec.rdzv_handler.shutdown()
+    steering.failure = ranks.failure
     assert agent.status is not None
     return agent.status
+
+
+def _rendezvous(place: Place | None) -> RendezvousParameters:
+    """torchrun's `--standalone` for one machine, its `--node-rank` with a static address for several."""
+    if place is None:
+        return RendezvousParameters(
+            backend="c10d",
+            endpoint="127.0.0.1:0",
+            run_id=uuid.uuid4().hex,
+            min_nodes=1,
+            max_nodes=1,
+            local_addr="127.0.0.1",
+            is_host=True,
+            timeout=RENDEZVOUS_SECONDS,
+        )
+    return RendezvousParameters(
+        backend="static",
+        endpoint=f"{place.address}:{place.port}",
+        run_id=place.run_id,
+        min_nodes=place.nodes,
+        max_nodes=place.nodes,
+        rank=place.node_rank,
+        timeout=RENDEZVOUS_SECONDS,
+    )
 
 
 def thread_count(processes: int) -> str:

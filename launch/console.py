@@ -117,10 +117,10 @@ class Console:
                 if line.rank == 0 or line.text not in self._said_by_zero:
                     self._print(line)
 
-    def only(self, rank: int) -> None:
-        """Print the held lines of the rank that failed first, and drop the others'."""
+    def only(self, rank: int, *, show: bool = True) -> None:
+        """Print the held lines of the rank that failed first, unless a supervisor does; drop the others'."""
         with self._lock:
-            for line in self._held[rank]:
+            for line in self._held[rank] if show else ():
                 self._print(line)
             for lines in self._held.values():
                 lines.clear()
@@ -129,6 +129,13 @@ class Console:
         """A line of the launcher's own."""
         with self._lock:
             self._write(self._err, f"launch: {message}\n".encode())
+
+    def last_words(self, rank: int) -> str:
+        """A rank's last traceback with what follows it, or its last lines of standard error."""
+        with self._lock:
+            lines = [_TORCH_PREFIX.sub(b"", line.text, count=1) for line in self._tails.get(rank, ())]
+        began = [number for number, line in enumerate(lines) if line.startswith(b"Traceback (most recent call last)")]
+        return b"".join(lines[began[-1] :] if began else lines[-10:]).decode(errors="replace")
 
     def last_error(self, rank: int) -> LastError:
         """What a rank said last on standard error; its text is empty without any."""

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_prep.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED
@@ -41,10 +41,31 @@ class _Rank:
 
 
 @dataclass
+class Failure:
+    """Which of a machine's ranks failed first, and what it said."""
+
+    rank: int
+    status: int
+    """Its exit status, negative for a signal, as the launcher passes it on."""
+    how: str
+    """`failed with exit status 1`, `was ended by SIGKILL`."""
+    words: str
+    """Its last traceback, or its last lines."""
+    blames_a_peer: bool
+    """Whether it only lost another rank."""
+    at: float
+    """When, by the monotonic clock."""
+
+
+@dataclass
 class Ranks:
     """One machine's ranks. `start`, then `poll` until it gives an exit status; `forward` passes a signal on."""
 
     console: Console
+    supervised: bool = False
+    """Whether a supervisor prints the culprit's words, and the ranks must not outlive the agent."""
+    failure: Failure | None = None
+    """Set when `poll` has given the status of a failure."""
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _signalled: signal.Signals | None = None
     _kill_at: float | None = None
@@ -62,7 +83,7 @@ class Ranks:
                 stderr=subprocess.PIPE,
                 # Ctrl-C on the terminal must reach the ranks once, through `forward`.
                 start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=(_killed_with_parent if self.supervised else _end_with_parent) if _LIBC else None,
             )
             assert process.stdout is not None
             assert process.stderr is not None
@@ -93,6 +114,22 @@ class Ranks:
         elif all(entry.status is not None for entry in self._ranks.values()):
             self._outcome = self._finish()
         return self._outcome
+
+    def dump_stacks(self, ranks: Iterable[int]) -> None:
+        """Ask these ranks for their stacks; only for those that beat, whom SIGUSR1 would not end."""
+        for rank in ranks:
+            if self._ranks[rank].status is None:
+                self._ranks[rank].process.send_signal(signal.SIGUSR1)
+
+    def abort(self) -> None:
+        """Kill every rank at once; `poll` then gives EXIT_CRASH, and no rank is blamed."""
+        self._ended = True
+        for entry in self._ranks.values():
+            _signal_group(entry.process, signal.SIGKILL)
+            entry.process.wait()
+        self._reap(after_signal=True)
+        if self._outcome is None:
+            self._outcome = EXIT_CRASH
 
     def end(self) -> None:
         """End every rank that still runs, within `TERMINATE_SECONDS`. A second call does nothing."""
@@ -145,7 +182,7 @@ class Ranks:
         # Its words before anything that the others say while they are ended.
         status = self._report(culprit)
         self.end()
-        self.console.only(culprit)
+        self.console.only(culprit, show=not self.supervised)
         return status
 
     def _failing(self) -> list[int]:
@@ -182,14 +219,19 @@ class Ranks:
         if status == -signal.SIGABRT and self.console.last_error(rank).closing:
             # Python was ending with 1 when a thread of torch's aborted it.
             status = EXIT_CRASH
-        self.console.only(rank)
+        blames = self._blames_a_peer(rank)
+        self.console.only(rank, show=not self.supervised)
         if status is None:
             how = "failed and did not end"
         else:
             how = f"failed with exit status {status}" if status > 0 else f"was ended by {_signal_name(-status)}"
         if status == -signal.SIGKILL:
             how += " (often the kernel's, for want of memory)"
-        if self._blames_a_peer(rank):
+        exit_status = status if status is not None and status > 0 else EXIT_CRASH
+        self.failure = Failure(rank, exit_status, how, self.console.last_words(rank), blames, self._failed_at(rank))
+        if self.supervised:
+            return exit_status
+        if blames:
             left = {other: entry for other, entry in self._ranks.items() if entry.status in (EXIT_DONE, EXIT_STOPPED)}
             if left:
                 earliest = min(left, key=lambda other: left[other].ended)
@@ -197,7 +239,7 @@ class Ranks:
         others = len(self._ranks) - 1
         rest = f"; the other {'rank was' if others == 1 else f'{others} ranks were'} ended" if others else ""
         self.console.say(f"rank {rank} {how}{rest}; its log is {self.console.log_file(rank)}")
-        return status if status is not None and status > 0 else EXIT_CRASH
+        return exit_status
 
     def _reap(self, *, after_signal: bool = False) -> None:
         for entry in self._ranks.values():
@@ -229,6 +271,12 @@ def _signal_name(number: int) -> str:
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
+
+
+def _killed_with_parent() -> None:
+    """In a rank before it starts: end with its agent, for another machine's may soon run in its place."""
+    assert _LIBC is not None
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_with_parent() -> None:

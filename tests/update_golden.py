@@ -4,6 +4,7 @@
     model/NAME.yaml        the model node of `python -m train model=NAME`
     default.yaml           `python -m train`
     convert.yaml, data_prep.yaml, evaluate.yaml, generate.yaml   the other commands
+    launch/NAME.sbatch, launch/NAME.manifest   what `python -m launch cluster=NAME dry_run=true` shows
 
 `tests/train/test_config.py` compares them, so that a changed default shows in the diff. Look at the diff before you
 commit it.
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from data_prep.cli import CONFIG_DIR, as_yaml, compose
 from data_prep.config import PrepConfig
+from launch import kubernetes, slurm
 from train.cli import compose_train
 from train.convert.config import ConvertConfig
 from train.evaluate import EvaluateConfig
@@ -40,8 +42,28 @@ def overrides(group: str, name: str) -> list[str]:
     return words if named else [*words, DATA]
 
 
+def script(name: str) -> str:
+    """The batch script or manifest of a shipped cluster, for the GLM-130B recipe in /opt/tiankong."""
+    words = [f"cluster={name}", "experiment=glm_130b", "data.path=/shared/data", "run_dir=/shared/runs/glm_130b"]
+    if name == "kubernetes":
+        words += ["cluster.kubernetes.image=registry.local/tiankong:1", "cluster.kubernetes.volume_claim=shared"]
+        return kubernetes.render(compose_train(words), words)
+    return slurm.render(
+        compose_train(words), words, root=Path("/opt/tiankong"), python="/opt/tiankong/.venv/bin/python"
+    )
+
+
+def scripts() -> dict[str, str]:
+    """Golden file of each shipped cluster that has a script, with the cluster's name."""
+    launchers = {name: compose_train([f"cluster={name}", DATA]).cluster.launcher for name in recipes("cluster")}
+    endings = {"slurm": "sbatch", "kubernetes": "manifest"}
+    return {f"launch/{name}.{endings[kind]}": name for name, kind in launchers.items() if kind in endings}
+
+
 def resolved(file: str) -> str:
     """Today's text of one golden file, given by its name in the folder."""
+    if file.startswith("launch/"):
+        return script(Path(file).stem)
     group, _, name = file.removesuffix(".yaml").rpartition("/")
     if group == "experiment":
         return as_yaml(compose_train(overrides(group, name)))
@@ -61,7 +83,7 @@ def resolved(file: str) -> str:
 def files() -> list[str]:
     """Names of all golden config files."""
     single = ["default.yaml", "convert.yaml", "data_prep.yaml", "evaluate.yaml", "generate.yaml"]
-    return [*single, *(f"{group}/{name}.yaml" for group in FOLDERS for name in recipes(group))]
+    return [*single, *(f"{group}/{name}.yaml" for group in FOLDERS for name in recipes(group)), *scripts()]
 
 
 def main() -> int:
@@ -70,7 +92,7 @@ def main() -> int:
     for file in files():
         (GOLDEN / file).parent.mkdir(parents=True, exist_ok=True)
         (GOLDEN / file).write_text(resolved(file), encoding="utf-8")
-    for path in {path for group in FOLDERS for path in (GOLDEN / group).glob("*.yaml")} - wanted:
+    for path in {path for group in (*FOLDERS, "launch") for path in (GOLDEN / group).glob("*.*")} - wanted:
         path.unlink()
     print(f"{len(wanted)} files in {GOLDEN}")
     return 0

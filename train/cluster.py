@@ -9,7 +9,7 @@ class SshConfig:
 
     hostfile: str | None = None
     """File of hosts, one a line as `name` or `name slots=8`; the first `cluster.nodes` train, the others are spares."""
-    command: str = "ssh -o BatchMode=yes -o ConnectTimeout=10"
+    command: str = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10"
     """Remote shell: called with the host and one shell command."""
     code_dir: str | None = "/tmp/tiankong"
     """Folder on each node for the shipped code, one folder a version; null runs from this checkout's path there."""
@@ -36,7 +36,7 @@ class SlurmConfig:
     cpus_per_node: int | None = None
     """Cores on each node; null leaves it to the partition."""
     options: list[str] = field(default_factory=list)
-    """Further sbatch options, such as [--reservation=glm]."""
+    """Further sbatch options, such as ["--reservation=glm"]."""
     setup: list[str] = field(default_factory=list)
     """Shell lines that run first, such as [module load cuda]."""
     container: str = "none"
@@ -103,8 +103,13 @@ class ClusterConfig:
     """Port on which the supervisor listens; 0 takes a free one."""
     rendezvous_port: int = 0
     """Port of the ranks' rendezvous on the first node; 0 takes a free one."""
+    preflight: bool = False
+    """Measure nodes and links before the first attempt, and leave out the bad ones."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of every rank, such as NCCL_IB_HCA."""
     ssh: SshConfig = field(default_factory=SshConfig)
+    """Machines of a hostfile."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """The batch script."""
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    """The manifest."""
