@@ -208,6 +208,18 @@ class LossConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adaptation of a model that `initialize_from` names: its own weights stay as they are."""
+
+    rank: int = 0
+    """Rank of what is added to each matrix; 0 trains the whole model."""
+    alpha: float = 32.0
+    """What is added is scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["qkv"])
+    """Which matrices of a layer: qkv (query, key and value), dense (attention's output), ffn (both)."""
+
+
+@dataclass
 class SavingConfig:
     """Checkpoints under run_dir/checkpoints."""
 
@@ -287,6 +299,7 @@ class Config:
     saving: SavingConfig = field(default_factory=SavingConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -38,6 +38,9 @@ class Fragment:
 def local_fragments(optimizer: Any, model: nn.Module, mesh: Mesh, zero_stage: int) -> Iterator[Fragment]:
     """Every fragment on this rank. optimizer: the torch optimizer (ZeRO 0) or DeepSpeed's wrapper around it."""
     for layout, parameter in named_layouts(model.parameters()):
+        if not parameter.requires_grad:
+            # Frozen: the optimizer knows nothing of it.
+            continue
         owner = not getattr(parameter, "ds_pipe_replicated", False) and (
             layout.dim is not None or mesh.tensor_rank == 0
         )

@@ -20,10 +20,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, mesh: Mesh, *, cli
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for layout, parameter in named_layouts(model.parameters()):
+        if not parameter.requires_grad:
+            continue
         table = "embeddings" in layout.name
         decays = len(layout.full_shape) > 1 and (config.decay_embeddings or not table)
         (decayed if decays else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if clips:
         return ClippingAdamW(groups, clip=config.clip, mesh=mesh, **settings)

@@ -5,6 +5,9 @@ import math
 from data_prep.errors import ConfigError
 from train.config import CHOICES, Config, ModelConfig, get
 
+LORA_TARGETS = ("qkv", "dense", "ffn")
+"""The words of lora.targets."""
+
 
 def check(config: Config, *, world_size: int | None = None) -> None:
     """Raise ConfigError for the first broken rule.
@@ -15,6 +18,7 @@ def check(config: Config, *, world_size: int | None = None) -> None:
         if get(config, key) not in words:
             raise ConfigError(f"{key}={get(config, key)!r} is not known; use one of {', '.join(words)}")
     check_shape(config)
+    _lora(config)
     _numbers(config)
     if world_size is not None:
         check_world(config, world_size)
@@ -156,6 +160,22 @@ def _batch(config: Config) -> None:
                 f"{schedule.rampup_start} to global_batch_size={config.global_batch_size} in whole steps, over "
                 f"schedule.rampup_samples={schedule.rampup_samples} > 0"
             )
+
+
+def _lora(config: Config) -> None:
+    lora, parallel = config.lora, config.parallel
+    if not lora.rank:
+        return
+    if lora.rank < 0 or not 0 < lora.alpha < math.inf:
+        raise ConfigError(f"lora.rank={lora.rank} and lora.alpha={lora.alpha} must be more than 0; rank 0 is no LoRA")
+    unknown = [word for word in lora.targets if word not in LORA_TARGETS]
+    if unknown or not lora.targets:
+        raise ConfigError(f"lora.targets={lora.targets}; use some of {', '.join(LORA_TARGETS)}")
+    if parallel.pipeline_parallel > 1 or parallel.zero_stage == 3:
+        raise ConfigError(
+            f"lora.rank={lora.rank} needs the whole model in each replica; use parallel.pipeline_parallel=1 and "
+            "parallel.zero_stage of 2 or less"
+        )
 
 
 def _numbers(config: Config) -> None:

@@ -170,6 +170,9 @@ def test_checkpoint_stands_for_saving():
 
 BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     *[(key, {key.replace(".", "__"): "nonsense"}, None) for key in CHOICES],
+    ("lora.rank", {"lora__rank": -1}, None),
+    ("lora.targets", {"lora__rank": 2, "lora__targets": ["head"]}, None),
+    ("lora.rank", {"lora__rank": 2, "parallel__zero_stage": 3}, None),
     ("evaluation.tasks", {"evaluation__tasks": ["t.jsonl"], "parallel__zero_stage": 3}, None),
     *[
         (f"model.{name}", {f"model__{name}": 0}, None)

@@ -12,11 +12,11 @@ from data_prep.errors import DataError
 from data_prep.tokenizer import Tokenizer
 from kernels.config import KernelsConfig
 from train import rules
-from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import damage, find
-from train.config import Config
+from train.config import Config, LoraConfig
 from train.mesh import Mesh
 from train.model.build import DTYPES, Model, named_layouts
+from train.model.lora import MergedReader
 from train.model.quantised import quantise_model
 
 
@@ -52,7 +52,7 @@ def load_trained(
     config = read_config(folder / "config.yaml")
     config.parallel.tensor_parallel, config.parallel.pipeline_parallel = mesh.tensor, 1
     config.parallel.activation_checkpointing, config.parallel.sequence_parallel = "none", False
-    reader = PieceReader(folder, ("model",))
+    reader, config.lora = MergedReader(folder, config.lora), LoraConfig()
     dtype = DTYPES[config.precision.dtype]
     if device.type == "cpu":
         # What it was trained with may need an accelerator; here the references do the same sums.

@@ -27,6 +27,7 @@ from train.convert.tensor_files import SafetensorsWriter, Spec, TorchWriter
 from train.convert.tokenizers import write_modeling, write_tokenizer
 from train.convert.vocabulary import Vocabulary
 from train.model.build import DTYPES
+from train.model.lora import MergedReader
 from train.model.parameters import Layout
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -133,7 +134,7 @@ def _plan(settings: ConvertConfig, checkpoint: Path) -> Plan:
         tokenizer, config.model.padded_vocab_size, settings.image_tokens, found.specials or SPECIALS
     )
     places = layouts(config.model)
-    reader = PieceReader(checkpoint, ("model",))
+    reader = MergedReader(checkpoint, config.lora)
     for name, layout in places.items():
         if not reader.has("weight", name) or reader.shape("weight", name) != layout.full_shape:
             raise DataError(f"{checkpoint}: {name} is missing or has another shape than config.yaml says")

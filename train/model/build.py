@@ -14,6 +14,7 @@ from train.mesh import Mesh
 from train.model.context import Context, Operations, State
 from train.model.ends import Embedding, Head
 from train.model.layers import PostNormLayer, PreNormLayer
+from train.model.lora import add_lora
 from train.model.parameters import Layout, layout_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,6 +90,8 @@ class Model(nn.Module):
         self.head: Head | None = None
         self.flags: Tensor | None = None
         self.items = nn.ModuleList(self._item(index) for index in range(self.start, self.stop))
+        if config.lora.rank:
+            add_lora(self, self.context, config.lora)
 
     def _item(self, index: int) -> nn.Module:
         """Item `index` of the whole list; the layers stand at 1 … num_layers."""

@@ -48,7 +48,9 @@ class _ColumnParallel(torch.autograd.Function):
             total = grad_x.contiguous()
             work = torch.distributed.all_reduce(total, group=ctx.group, async_op=True)
         flat = whole.flatten(0, -2)
-        grad_weights = [grad.flatten(0, -2).t() @ flat for grad in grads]
+        # Frozen matrices ask for none.
+        wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
+        grad_weights = [grad.flatten(0, -2).t() @ flat if needed else None for grad, needed in wanted]
         work.wait()
         return total, None, None, *grad_weights
 
@@ -105,6 +107,31 @@ class _SumGradients(torch.autograd.Function):
         return None, *(part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True))
 
 
+class LowRank(nn.Module):
+    """Stands in for a frozen weight W [out, in]: x -> x (W + scale * up down)^T. See `train.model.lora`.
+
+    down: [rank, in], up: [out, rank]; the one that the ranks do not divide has a part of its gradient on each of them,
+    and where they divide neither, both do.
+    """
+
+    def __init__(self, weight: nn.Parameter, down: nn.Parameter, up: nn.Parameter, scale: float, group: Any) -> None:
+        """Every parameter carries its layout."""
+        super().__init__()
+        self.weight, self.down, self.up, self.scale, self._group = weight, down, up, scale, group
+        self._cut: int | None = weight.placement.dim  # type: ignore[union-attr]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """down and up, with their gradients summed over the ranks as they must be."""
+        down: Tensor = self.down if self._cut == 1 else sum_gradients(self._group, self.down)[0]
+        up: Tensor = self.up if self._cut == 0 else sum_gradients(self._group, self.up)[0]
+        return down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]; under column parallelism `column_parallel` does it instead, for x's gradient."""
+        down, up = self.pair()
+        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, down), up)
+
+
 def product(x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] times a weight [out, in], or what stands in for one (`train.model.quantised`): [..., out]."""
     result: Tensor = weight(x) if isinstance(weight, nn.Module) else F.linear(x, weight)
@@ -116,10 +143,24 @@ def column_parallel(x: Tensor, *weights: Weight, group: Any, sequence: bool = Fa
 
     x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights.
     """
-    if group is not None and all(isinstance(weight, Tensor) for weight in weights):
-        return _ColumnParallel.apply(x, group, sequence, *weights)
+    if group is not None and all(isinstance(weight, Tensor | LowRank) for weight in weights):
+        return _with_ranks(x, weights, group, sequence)
     whole = gather(x, group) if sequence else x
     return tuple(product(whole, weight) for weight in weights)
+
+
+def _with_ranks(x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool) -> tuple[Tensor, ...]:
+    """`column_parallel` with a gradient. Into a low rank all ranks go together with x, out of it each goes alone."""
+    pairs = [weight.pair() if isinstance(weight, LowRank) else None for weight in weights]
+    tensors: list[Tensor] = []
+    for weight, pair in zip(weights, pairs, strict=True):
+        tensors += [weight] if pair is None else [weight.weight, pair[0]]
+    found = iter(_ColumnParallel.apply(x, group, sequence, *tensors))
+    results = []
+    for weight, pair in zip(weights, pairs, strict=True):
+        result = next(found)
+        results.append(result if pair is None else result + weight.scale * F.linear(next(found), pair[1]))
+    return tuple(results)
 
 
 def row_parallel(x: Tensor, weight: Weight, *, group: Any, sequence: bool = False) -> Tensor:
