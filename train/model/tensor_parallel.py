@@ -118,7 +118,7 @@ class LowRank(nn.Module):
         """Every parameter carries its layout."""
         super().__init__()
         self.weight, self.down, self.up, self.scale, self._group = weight, down, up, scale, group
-        self._cut: int | None = weight.placement.dim  # type: ignore[union-attr]
+        self._cut: int | None = weight.placement.dim  # type: ignore[attr-defined]
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """down and up, with their gradients summed over the ranks as they must be."""
