@@ -254,3 +254,20 @@ def test_slurm_jobs_make_the_same_folder(
     assert json.loads(made["manifest.json"])["version"] == 1
     assert prepare(config)[1]
     assert content(tmp_path / "out") == expected
+
+
+def test_a_hub_data_set_is_read_in_shards(tmp_path: Path, folder: Path) -> None:
+    """A folder that `datasets` opens as it would a data set of the hub; too many shards are refused."""
+    place = tmp_path / "hub"
+    place.mkdir()
+    for name in "ab":
+        lines = [document(f"文件 {name} 里的第 {n} 句话，写得不长也不短。", lang="zh") for n in range(20)]
+        (place / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    entry = {"hub": str(place), "name": "hub", "shards": 2}
+    config = small_config(tmp_path / "out", [entry], split_shares=[1, 0, 0])
+    config.tokenizer = TokenizerConfig(path=str(folder), threads=1)
+    manifest, _ = prepare(config)
+    assert [shard.documents for shard in manifest.sources[0].shards] == [20, 20]
+    config.data.path, entry["shards"] = str(tmp_path / "more"), 3
+    with pytest.raises(ConfigError, match="has 2 files, fewer than shards=3"):
+        prepare(config)
