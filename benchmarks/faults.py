@@ -124,7 +124,6 @@ def main(words: list[str]) -> int:
         "output": "",
         **dict(w.split("=", 1) for w in words),
     }
-    rows: list[Record] = []
     scratch = Path(tempfile.mkdtemp(prefix="tiankong-faults-"))
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "none", str(scratch)], check=True)
     try:
@@ -139,19 +138,24 @@ def main(words: list[str]) -> int:
                     assert row is not None
                     check(history(scratch / "run"), expected)
                     print(row, flush=True)
-                    rows.append(row)
+                    _append(options["output"], row)
                     if fault == "link":
                         hosts.mend(len(hosts.names) - 1)
     finally:
         subprocess.run(["umount", "-l", str(scratch)], check=False)
         scratch.rmdir()
-    if options["output"] and rows:
-        with open(options["output"], "a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
     return 0
+
+
+def _append(output: str, row: Record) -> None:
+    """One line of the table, at once: a later run may be stopped."""
+    if not output:
+        return
+    with open(output, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
