@@ -98,10 +98,9 @@ def test_the_imported_model_computes_the_same(tmp_path, tiny_dataset):
 def test_names_and_shapes_of_the_released_glm_130b():
     """One rank of eight, from the published table."""
     model = compose_train(["data.path=x", "model=glm_130b"]).model
-    found = {
-        key: layouts(model, 3, 8)[entry.parts[0].name].local_shape
-        for key, entry in _mapping("glm_130b", model).entries.items()
-    }
+    cuts = layouts(model, 3, 8)
+    entries = _mapping("glm_130b", model).entries
+    found = {key: cuts[entry.parts[0].name].local_shape for key, entry in entries.items()}
     layer = {
         "input_layernorm.weight": (12288,),
         "input_layernorm.bias": (12288,),
