@@ -142,7 +142,20 @@ def resolve(
     dtype: torch.dtype,
     features: Iterable[str] = (),
 ) -> Operation:
-    """The callable of an operation.
+    """The callable of an operation; arguments and errors as `choose`."""
+    name = choose(op, requested, device, dtype, features)
+    _log_once(op, requested, name, str(torch.device(device).type), str(dtype))
+    return TABLE[op].implementations[name].load(frozenset(features))
+
+
+def choose(
+    op: str,
+    requested: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    features: Iterable[str] = (),
+) -> str:
+    """The name of the implementation that runs.
 
     op: a name of `KernelsConfig`. requested: its value. features: what the run needs, see the file's head.
     Raises KernelError (a ValueError) that names `kernels.<op>` where no implementation fits.
@@ -160,8 +173,7 @@ def resolve(
     reasons = {name: known[name].lacks(device, dtype, wanted) for name in order}
     for name, reason in reasons.items():
         if reason is None:
-            _log_once(op, requested, name, str(device.type), str(dtype))
-            return known[name].load(wanted)
+            return name
     able = [name for name, one in known.items() if one.lacks(device, dtype, wanted) is None]
     why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
     hint = f"use {' or '.join(able)}" if able else "nothing else offers it"

@@ -72,11 +72,12 @@ def parameters(model: ModelConfig) -> Parameters:
 
 
 def embedding_parameters(model: ModelConfig, tensor_parallel: int = 1) -> Parameters:
-    """One rank's part of the embedding: the tables, and the first norm of post-norm models."""
+    """One rank's part of the embedding: the tables, its norm, and the first norm of post-norm models."""
     # Learned tables have one row more than positions: blocks are numbered from 1 and the context takes 0.
     positions = 2 * (model.max_positions + 1) * model.hidden_size if model.positions == "learned_2d" else 0
     rows = _divide(model.padded_vocab_size, tensor_parallel)
     norms = norm_parameters(model) if model.norm_placement in POST_NORM else 0
+    norms += norm_parameters(model) if model.embedding_norm or model.norm_placement == "peri" else 0
     return Parameters(embedding=rows * model.hidden_size, positions=positions, norms=norms)
 
 
@@ -100,12 +101,12 @@ def layer_parameters(model: ModelConfig, tensor_parallel: int = 1) -> Parameters
     qkv_bias = query + key_value if model.bias in ("all", "qkv") else 0
     # The outputs of row-parallel matrices are summed over the ranks, so each rank holds their whole bias.
     other_bias = hidden + up + hidden if model.bias == "all" else 0
-    norms = 4 if model.norm_placement == "sandwich" else 2
+    norms = 4 if model.norm_placement in ("sandwich", "peri") else 2
     return Parameters(
         attention=(query + key_value) * hidden + hidden * query,
         ffn=up * hidden + hidden * wide,
         biases=qkv_bias + other_bias,
-        norms=norms * norm_parameters(model),
+        norms=norms * norm_parameters(model) + (2 * dim if model.qk_norm else 0),
     )
 
 

@@ -210,7 +210,7 @@ class _Stages(PipelineModule):
 
 def _settings(config: Config, mesh: Mesh, model: Model) -> dict[str, Any]:
     """DeepSpeed's own config for this run."""
-    parallel, precision = config.parallel, config.precision
+    parallel, precision, clip_kind = config.parallel, config.precision, config.optimizer.clip_kind
     elements = sum(parameter.numel() for parameter in model.parameters())
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
     # DeepSpeed's bf16 optimizer, its pipeline and ZeRO 0 reduce at the end whatever is asked.
@@ -231,8 +231,9 @@ def _settings(config: Config, mesh: Mesh, model: Model) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // (config.micro_batch_size * mesh.data),
-        # ZeRO 0 clips in our own optimizer: DeepSpeed's counts a pipeline's tied table twice there.
-        "gradient_clipping": config.optimizer.clip if parallel.zero_stage > 0 else 0.0,
+        # ZeRO 0 clips in our own optimizer: DeepSpeed's counts a pipeline's tied table twice there. Other kinds of
+        # clipping are the guard's (train/stability/guard.py).
+        "gradient_clipping": 0.0 if parallel.zero_stage == 0 or clip_kind != "global" else config.optimizer.clip,
         "steps_per_print": None,
         # It would wait for the device round each micro-batch.
         "timers": {"throughput": {"enabled": False}},

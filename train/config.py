@@ -14,7 +14,7 @@ from kernels.config import KernelsConfig
 from train.cluster import ClusterConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.norm_placement": ("deepnorm", "post", "pre", "sandwich"),
+    "model.norm_placement": ("deepnorm", "post", "pre", "sandwich", "peri"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.positions": ("rotary_1d", "rotary_2d", "learned_2d", "none"),
     "model.activation": ("geglu", "swiglu", "gelu", "gelu_tanh"),
@@ -23,7 +23,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.activation_checkpointing": ("none", "full"),
     "schedule.kind": ("cosine", "linear", "constant"),
     "precision.dtype": ("fp32", "bf16", "fp16"),
-    "stability.softmax": ("fp32", "scaled", "half"),
+    "optimizer.clip_kind": ("global", "adagc", "zclip"),
+    "stability.softmax": ("fp32", "scaled", "half", "pb_relax"),
+    "stability.stress.poison": ("repeat", "garbage"),
+    "stability.stress.flip": ("weight", "gradient"),
     "loss.weighting": ("sequence", "token"),
     "logging.wandb": ("online", "offline", "disabled"),
     "cluster.launcher": ("local", "ssh", "slurm", "kubernetes"),
@@ -62,7 +65,7 @@ class ModelConfig:
     max_positions: int = MISSING
     """Longest sequence in slots; the default of sequence_length."""
     norm_placement: str = "deepnorm"
-    """deepnorm, post, pre or sandwich (a second norm on each branch's output)."""
+    """deepnorm, post, pre, sandwich (a second norm on each branch's output) or peri (sandwich and embedding_norm)."""
     norm: str = "layernorm"
     """layernorm or rmsnorm."""
     norm_eps: float = 1e-5
@@ -85,14 +88,20 @@ class ModelConfig:
     """Which linear layers carry a bias: all, qkv or none."""
     tied_embeddings: bool = True
     """Share the embedding with the head."""
+    embedding_norm: bool = False
+    """A norm on the embedding's output, before anything else reads it (BLOOM)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's query and key before they are rotated, one weight a dimension for all heads."""
     hidden_dropout: float = 0.0
     """Dropout on the embedding and on each branch's output."""
     attention_dropout: float = 0.0
     """Dropout on the attention probabilities."""
     init: str = "xavier"
     """xavier (on the full, unsharded fans; with deepnorm's gain) or normal (init_std, output layers / sqrt(2 L))."""
-    init_std: float = 0.02
-    """Standard deviation for init=normal."""
+    init_std: float | None = 0.02
+    """Standard deviation for init=normal; null means sqrt(1 / (3 * hidden_size)), BLOOM's."""
+    init_scale: float = 1.0
+    """Factor on the deviation of every matrix and table, whichever init is chosen."""
 
 
 @dataclass
@@ -139,7 +148,18 @@ class OptimizerConfig:
     decay_embeddings: bool = True
     """Whether embedding tables decay too."""
     clip: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off (the norm is logged all the same)."""
+    """Largest global gradient norm; 0 switches clipping off (the norm is logged all the same). With clip_kind adagc it
+    holds for the warm-up only, with zclip beside the z-score."""
+    clip_kind: str = "global"
+    """global; adagc (each tensor against an average of its own norms) or zclip (the global norm's z-score)."""
+    clip_decay: float = 0.97
+    """adagc, zclip: decay of the running averages."""
+    clip_warmup_steps: int = 25
+    """adagc, zclip: steps that only fill the averages and are clipped to optimizer.clip."""
+    clip_relative: float = 1.05
+    """adagc: largest norm of a tensor relative to its average."""
+    clip_z: float = 2.5
+    """zclip: deviations over the mean from which a norm is clipped."""
 
 
 @dataclass
@@ -182,17 +202,76 @@ class PrecisionConfig:
 
 
 @dataclass
-class StabilityConfig:
-    """Remedies against divergence."""
+class StressConfig:
+    """Ways to provoke on purpose what happens at 100 B; all off by default."""
 
+    lr_steps: list[int] = field(default_factory=list)
+    """First and last step at which the learning rate is multiplied by lr_factor; empty means none."""
+    lr_factor: float = 10.0
+    """That factor."""
+    poison_samples: list[int] = field(default_factory=list)
+    """Half-open range [first, end) of sample indices whose text is poisoned; empty means none."""
+    poison: str = "garbage"
+    """garbage (random pieces) or repeat (each sample's first four pieces over and over)."""
+    flip_step: int | None = None
+    """Step at which one bit is flipped; null means none."""
+    flip: str = "weight"
+    """weight (the fp32 master, before the update) or gradient."""
+    flip_parameter: str = "layers.0.mlp.dense_4h_to_h.weight"
+    """Canonical name of the parameter whose element is hit."""
+    flip_index: int = 0
+    """Element of the flattened, unsharded parameter."""
+    flip_bit: int = 30
+    """Bit of the fp32 number, 0 the lowest of the fraction, 23 to 30 the exponent, 31 the sign."""
+    query_key_gain: float = 1.0
+    """Factor on the initial deviation of query and key matrices."""
+
+
+@dataclass
+class StabilityConfig:
+    """Telemetry, remedies against divergence, and what a run does by itself when it spikes; see docs/stability.md."""
+
+    telemetry: bool = True
+    """Norms of gradients, weights, updates and activations by group, every logging.every_steps steps."""
+    reactions: list[str] = field(default_factory=lambda: ["warn"])
+    """What a spike leads to, any of warn, skip, roll_back, lower_lr, lower_shrink, reset_loss_scale, reset_optimizer;
+    empty switches detection off."""
+    spike_sigma: float = 6.0
+    """A spike is a loss or gradient norm more than so many deviations over the mean of the window before it."""
+    spike_window: int = 128
+    """Steps of that window; nothing is called a spike before it holds half as many."""
+    cooldown_steps: int = 20
+    """Steps after a spike in which no other is reported or acted on."""
+    max_acts: int = 10
+    """Spikes that lead to an act; later ones are only reported."""
+    roll_back_margin_steps: int = 5
+    """roll_back: the checkpoint must be at least so many steps older than the spike, and skipping begins so many steps
+    before it (or at the checkpoint)."""
+    skip_ahead_samples: int = 0
+    """roll_back: samples after the spike's step that are skipped too."""
+    lr_factor: float = 0.5
+    """lower_lr: the learning rate is multiplied by it from the next step on."""
+    rewarm_samples: int = 0
+    """lower_lr: samples over which the lowered rate is warmed up from 0."""
+    shrink_factor: float = 0.5
+    """lower_shrink: EGS alpha is multiplied by it from the next step on."""
+    events: list[Any] = field(default_factory=list)
+    """Acts at given steps, the logbook as config: each {step, action, …} with action lower_lr (factor, rewarm_samples),
+    lower_shrink (factor), skip_samples (samples: [first, end)), reset_loss_scale or reset_optimizer; each takes effect
+    before that step."""
     softmax: str = "fp32"
-    """fp32; scaled (fp32 of scores divided and multiplied by max(1, layer index), GLM-130B); half (compute dtype)."""
+    """fp32; scaled (fp32 of scores divided and multiplied by max(1, layer index), GLM-130B); half (compute dtype);
+    pb_relax (compute dtype, largest score subtracted before the factor pb_relax_alpha is put back, CogView)."""
+    pb_relax_alpha: float = 128.0
+    """Factor that pb_relax takes out of the scores and puts back."""
     embedding_gradient_shrink: float = 1.0
     """EGS alpha: the share of the embedding's gradient that is kept; 1 switches it off, GLM-130B used 0.1."""
     embedding_gradient_shrink_schedule: list[Any] = field(default_factory=list)
     """Pairs [consumed_samples, alpha]: from that sample on this alpha; before the first, the constant above."""
     shrink_head: bool = False
     """Apply EGS at the tied logits too, not only at the lookup."""
+    stress: StressConfig = field(default_factory=StressConfig)
+    """Faults planted on purpose."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ two engines want. Results stay on the device until `read` fetches many steps at 
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from train.memory import largest_holders, peak_memory
 from train.mesh import Mesh
 from train.model.build import DTYPES
 from train.optimizer import make_optimizer
+from train.stability.guard import FIELDS, Guard, Measured
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class StepResult:
     batch_hash: int
     flags: Tensor
     """int32 [2, items of this stage], above 0 where an item's output, or the gradient of it, was not finite."""
+    measured: Measured | None = None
+    """What the guard saw; None without one."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class StepNumbers:
     skipped: bool
     loss_scale: float
     sums: list[list[float]]
+    seen: dict[str, float] = field(default_factory=dict)
+    """`train.stability.guard.FIELDS`; empty without a guard."""
+    telemetry: dict[str, Any] | None = None
+    """Norms by group, in a measured step."""
 
 
 class Engine:
@@ -69,6 +76,7 @@ class Engine:
         self._sums = torch.zeros(NUM_GROUPS, 2, dtype=torch.float64, device=mesh.device)
         self.deepspeed, self.model = self._make()
         self.flags = self.model.watch()
+        self.guard = Guard.of(config, mesh, self.model, self.deepspeed.optimizer)
 
     @staticmethod
     def start(config: Config, mesh: Mesh) -> "Engine":
@@ -89,6 +97,8 @@ class Engine:
         self.model.set_shrink(shrink, shrink if self.config.stability.shrink_head else 1.0)
         scale, skipped_before = self.loss_scale, self.deepspeed.skipped_steps
         self._clear()
+        if self.guard is not None:
+            self.guard.begin(len(batches), self._losses[0], scale)
         try:
             self._train(batches)
         except torch.OutOfMemoryError as error:
@@ -112,6 +122,7 @@ class Engine:
             loss_scale=scale,
             batch_hash=_hash(batches),
             flags=self.flags.clone(),
+            measured=None if self.guard is None else self.guard.end(),
         )
 
     def evaluate(self, batches: Sequence[Batch | None]) -> list[list[float]]:
@@ -138,18 +149,34 @@ class Engine:
         self.mesh.from_last_stage(self.mesh.sum_over_data(packed))
         norms = torch.stack([torch.as_tensor(r.grad_norm, dtype=torch.float64, device=packed.device) for r in results])
         rows, norm_values = packed.tolist(), norms.tolist()
+        seen = self._seen(results)
         self._compare_hashes([r.batch_hash for r in results])
         return [
             StepNumbers(
                 loss=row[0] / self.mesh.data,
                 z_loss=row[1] / self.mesh.data,
-                grad_norm=norm,
-                skipped=result.skipped,
+                # Where the guard clips, the optimizer sees the norm after it.
+                grad_norm=norm if self.config.optimizer.clip_kind == "global" or result.skipped else here["grad_norm"],
+                skipped=result.skipped or here.get("left_out", 0.0) > 0,
                 loss_scale=result.loss_scale,
                 sums=[[row[2 + 2 * g], row[3 + 2 * g]] for g in range(NUM_GROUPS)],
+                seen=here,
+                telemetry=self._telemetry(result),
             )
-            for row, norm, result in zip(rows, norm_values, results, strict=True)
+            for row, norm, here, result in zip(rows, norm_values, seen, results, strict=True)
         ]
+
+    def _seen(self, results: Sequence[StepResult]) -> list[dict[str, float]]:
+        numbers = [r.measured.numbers for r in results if r.measured is not None]
+        if not numbers:
+            return [{} for _ in results]
+        return [dict(zip(FIELDS, row, strict=True)) for row in torch.stack(numbers).tolist()]
+
+    def _telemetry(self, result: StepResult) -> dict[str, Any] | None:
+        snapshot = None if result.measured is None else result.measured.snapshot
+        if snapshot is None or self.guard is None:
+            return None
+        return snapshot.read(self.mesh, self.guard.tensors, self.model.context.probe)
 
     def first_bad_layer(self, result: StepResult) -> str | None:
         """`rank R, NAME` of the first item, in the model's order, that gave a non-finite output in a step.
@@ -219,7 +246,8 @@ class Engine:
         )
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer:
-        return make_optimizer(model, self.config.optimizer, self.mesh, clips=self.zero_stage == 0)
+        skips = "skip" in self.config.stability.reactions
+        return make_optimizer(model, self.config.optimizer, self.mesh, clips=self.zero_stage == 0, skips=skips)
 
     def _clear(self) -> None:
         for tensor in (*self._losses, self._sums, self.flags):

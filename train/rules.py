@@ -1,12 +1,26 @@
 """Rules between keys, checked before any process group starts. Every message names the key and what would be right."""
 
 import math
+from typing import Any
 
 from data_prep.errors import ConfigError
 from train.config import CHOICES, Config, ModelConfig, get
 
 LORA_TARGETS = ("qkv", "dense", "ffn")
 """The words of lora.targets."""
+REACTIONS = ("warn", "skip", "roll_back", "lower_lr", "lower_shrink", "reset_loss_scale", "reset_optimizer")
+"""What stability.reactions may hold."""
+_BASE = {"step": "number", "action": "word"}
+EVENTS: dict[str, dict[str, str]] = {
+    "lower_lr": {**_BASE, "factor": "number", "rewarm_samples": "samples"},
+    "lower_shrink": {**_BASE, "factor": "number"},
+    "skip_samples": {**_BASE, "samples": "range"},
+    "reset_loss_scale": _BASE,
+    "reset_optimizer": _BASE,
+}
+"""Actions of stability.events, and the kind of each thing they take."""
+OPTIONAL = ("rewarm_samples",)
+"""What an event may leave out."""
 
 
 def check(config: Config, *, world_size: int | None = None) -> None:
@@ -20,6 +34,7 @@ def check(config: Config, *, world_size: int | None = None) -> None:
     check_shape(config)
     _lora(config)
     _numbers(config)
+    _stability(config)
     if world_size is not None:
         check_world(config, world_size)
 
@@ -187,20 +202,27 @@ def _numbers(config: Config) -> None:
         "logging.every_steps": config.logging.every_steps,
         "saving.keep_last": config.saving.keep_last,
         "evaluation.samples": config.evaluation.samples,
+        "model.init_scale": config.model.init_scale,
+        "optimizer.clip_relative": optimizer.clip_relative,
+        "optimizer.clip_z": optimizer.clip_z,
+        "optimizer.clip_warmup_steps": optimizer.clip_warmup_steps,
+        "stability.spike_sigma": stability.spike_sigma,
+        "stability.lr_factor": stability.lr_factor,
+        "stability.shrink_factor": stability.shrink_factor,
+        "stability.pb_relax_alpha": stability.pb_relax_alpha,
+        "stability.stress.query_key_gain": stability.stress.query_key_gain,
     }
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key}={value} must be more than 0")
-    for key in (
-        "saving.every_steps",
-        "saving.keep_every",
-        "evaluation.every_steps",
-        "evaluation.tasks_every_steps",
-        "optimizer.clip",
-        "parallel.compare_replicas_every_steps",
-    ):
+    switched: tuple[str, ...] = ("saving.every_steps", "saving.keep_every", "evaluation.every_steps", "evaluation.tasks_every_steps")
+    switched += ("optimizer.clip", "parallel.compare_replicas_every_steps")
+    counts = ("cooldown_steps", "max_acts", "roll_back_margin_steps", "skip_ahead_samples", "rewarm_samples")
+    for key in (*switched, *(f"stability.{name}" for name in counts)):
         if get(config, key) < 0:
             raise ConfigError(f"{key}={get(config, key)} must not be negative; 0 switches it off")
+    if not 0 <= optimizer.clip_decay < 1:
+        raise ConfigError(f"optimizer.clip_decay={optimizer.clip_decay} must lie in [0, 1)")
     if schedule.warmup_samples > schedule.decay_samples:
         raise ConfigError(
             f"schedule.warmup_samples={schedule.warmup_samples} is more than "
@@ -209,6 +231,12 @@ def _numbers(config: Config) -> None:
     for key in ("max_steps", "max_samples", "evaluation.task_items"):
         if (limit := get(config, key)) is not None and limit < 1:
             raise ConfigError(f"{key}={limit} must be at least 1")
+    if config.cluster.launcher == "local" and config.cluster.nodes != 1:
+        raise ConfigError(f"cluster.nodes={config.cluster.nodes} needs another launcher than cluster.launcher=local")
+
+
+def _stability(config: Config) -> None:
+    stability, stress = config.stability, config.stability.stress
     for pair in stability.embedding_gradient_shrink_schedule:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, int | float) for part in pair)):
             raise ConfigError(
@@ -218,8 +246,45 @@ def _numbers(config: Config) -> None:
         raise ConfigError("stability.shrink_head=true needs model.tied_embeddings=true")
     if stability.softmax == "half" and config.precision.dtype == "fp32":
         raise ConfigError("stability.softmax=half has no meaning with precision.dtype=fp32; use fp16 or bf16")
-    if config.cluster.launcher == "local" and config.cluster.nodes != 1:
-        raise ConfigError(f"cluster.nodes={config.cluster.nodes} needs another launcher than cluster.launcher=local")
+    for word in stability.reactions:
+        if word not in REACTIONS:
+            raise ConfigError(f"stability.reactions holds {word!r}; use any of {', '.join(REACTIONS)}")
+    if stability.spike_window < 16:
+        raise ConfigError(f"stability.spike_window={stability.spike_window} is too short to judge by; use 16 or more")
+    if "roll_back" in stability.reactions and not config.saving.every_steps:
+        raise ConfigError("stability.reactions=[roll_back] needs checkpoints to go back to; set saving.every_steps")
+    for event in stability.events:
+        _event(event)
+    for key in ("lr_steps", "poison_samples"):
+        pair = getattr(stress, key)
+        if pair and not (len(pair) == 2 and 0 <= pair[0] <= pair[1]):
+            raise ConfigError(f"stability.stress.{key}={pair} must be [first, end] with 0 <= first <= end")
+    if not 0 <= stress.flip_bit < 32:
+        raise ConfigError(f"stability.stress.flip_bit={stress.flip_bit} must lie in 0 … 31")
+
+
+def _event(event: Any) -> None:
+    """An entry of stability.events: {step, action} and what the action takes, nothing else."""
+    known = EVENTS.get(str(event.get("action"))) if isinstance(event, dict) else None
+    if known is None or not isinstance(event.get("step"), int) or event["step"] < 1:
+        raise ConfigError(
+            f"stability.events holds {event}; each entry is {{step: N, action: …}} with a step from 1 on "
+            f"and an action of {', '.join(EVENTS)}"
+        )
+    wrong = [key for key, value in event.items() if key not in known or not _fits(known[key], value)]
+    missing = [key for key in known if key not in event and key not in OPTIONAL]
+    if wrong or missing:
+        raise ConfigError(
+            f"stability.events holds {event}, where {' and '.join(wrong or missing)} is wrong; {event['action']} takes "
+            f"{', '.join(f'{key} ({kind})' for key, kind in known.items())}"
+        )
+
+
+def _fits(kind: str, value: Any) -> bool:
+    if kind == "range":
+        return isinstance(value, list) and len(value) == 2 and 0 <= value[0] < value[1]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, str) if kind == "word" else number and (value >= 0 if kind == "samples" else value > 0)
 
 
 def check_vocabulary(config: Config, vocab_size: int) -> None:

@@ -322,6 +322,8 @@ class Trainer:
             "targets_by_group": targets_by_group(number.sums),
             "skipped": number.skipped,
         }
+        measured |= {key: value for key, value in number.seen.items() if key == "embedding_grad_norm"}
+        measured |= {} if number.telemetry is None else {"telemetry": number.telemetry}
         return measured | ({"z_loss": number.z_loss} if self.config.loss.z_loss else {})
 
     def _check_finite(self, step: int, number: StepNumbers, result: StepResult) -> None:

@@ -7,6 +7,8 @@ torch's elementary functions, and autograd for the gradients. It reads parameter
                                                      x = alpha m + FFN(m); logits = LN_final(x) E^T
     post-norm  the same with alpha 1                 pre-norm  x + f(LN(x)), a norm before the head
     sandwich (CogView, arXiv 2105.13290)             x + LN'(f(LN(x)))
+    peri (arXiv 2502.02732)                          sandwich on LN(E[ids])
+    QK-norm (arXiv 2302.05442)                       RMSNorm(q), RMSNorm(k) per head, then the rotation
 
 Legend: S slots, H hidden, D head dims, F ffn width, V vocabulary.
 """
@@ -51,6 +53,8 @@ class Reference:
         if m.positions == "learned_2d":
             x = x + self.w["position_embeddings.weight"][positions[0].long()]
             x = x + self.w["block_position_embeddings.weight"][positions[1].long()]
+        if m.embedding_norm or m.norm_placement == "peri":
+            x = self.norm("embedding_norm", x)
         mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
         for query in range(len(tokens)):
             mask[query, int(attend_from[query]) : int(attend_to[query])] = True
@@ -84,11 +88,11 @@ class Reference:
             middle = self.norm(f"{name}.post_attention_norm", h)
             return self.alpha * middle + self.ffn(number, middle)
         branch = self.attention(number, a, positions, mask)
-        if self.m.norm_placement == "sandwich":
+        if self.m.norm_placement in ("sandwich", "peri"):
             branch = self.norm(f"{name}.attention_output_norm", branch)
         x = x + branch
         branch = self.ffn(number, self.norm(f"{name}.post_attention_norm", x))
-        if self.m.norm_placement == "sandwich":
+        if self.m.norm_placement in ("sandwich", "peri"):
             branch = self.norm(f"{name}.mlp_output_norm", branch)
         return x + branch
 
@@ -99,6 +103,10 @@ class Reference:
         centred = x - x.mean(-1, keepdim=True)
         scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + self.m.norm_eps)
         return scaled * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+
+    def head_norm(self, name: str, x: Tensor) -> Tensor:
+        """RMSNorm of one head, [S, D]: x / sqrt(mean x^2 + eps) * weight."""
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.m.norm_eps) * self.w[f"{name}.weight"]
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x W^T, and the bias where the model has one."""
@@ -127,6 +135,9 @@ class Reference:
         # GLM-130B divides the scores by a factor of the layer before the softmax and multiplies inside it.
         factor = max(1, number) if self.settings.scaled_softmax else 1
         outputs = []
+        if self.m.qk_norm:
+            queries = [self.head_norm(f"{name}.query_norm", query) for query in queries]
+            keys = [self.head_norm(f"{name}.key_norm", key) for key in keys]
         for query, key, value in zip(queries, keys, values, strict=True):
             scores = self.rotated(query, positions) @ self.rotated(key, positions).T / (factor * math.sqrt(dim))
             scores = (scores * factor).masked_fill(~mask, -math.inf)

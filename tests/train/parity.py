@@ -78,15 +78,19 @@ def noisy_vectors() -> Iterator[None]:
         yield
 
 
-def plain_curve(overrides: Sequence[str], steps: int) -> Curve:
-    """The trusted baseline: one process, fp32, torch's own optimizer and clip, no DeepSpeed."""
+Clip = Callable[[dict[str, torch.nn.Parameter]], float]
+"""Changes the gradients of the parameters, by name, and returns their norm before."""
+
+
+def plain_curve(overrides: Sequence[str], steps: int, clip: Clip | None = None) -> Curve:
+    """The trusted baseline: one process, fp32, torch's own optimizer and clip (or another), no DeepSpeed."""
     config = compose_train([*OVERRIDES, *overrides])
     with noisy_vectors():
         model = Model(config, Mesh.single(), torch.float32)
     matrices = [p for layout, p in named_layouts(model.parameters()) if len(layout.full_shape) > 1]
     vectors = [p for layout, p in named_layouts(model.parameters()) if len(layout.full_shape) == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, config.optimizer.beta2), eps=config.optimizer.eps)
     model.set_shrink(SHRINK, SHRINK if config.stability.shrink_head else 1.0)
     curve = []
     for step in range(steps):
@@ -94,9 +98,12 @@ def plain_curve(overrides: Sequence[str], steps: int) -> Curve:
         optimizer.zero_grad()
         loss, z_loss, _ = model(inputs(batch), Labels.of(batch))
         (loss + z_loss).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        if clip is None:
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
+        else:
+            norm = clip({layout.name: parameter for layout, parameter in named_layouts(model.parameters())})
         optimizer.step()
-        curve.append((float(loss.detach()), float(norm)))
+        curve.append((float(loss.detach()), norm))
     return curve
 
 

@@ -46,6 +46,12 @@ MODELS = {
     "pre": {"norm_placement": "pre"},
     "sandwich": {"norm_placement": "sandwich"},
     "sandwich_no_bias": {"norm_placement": "sandwich", "bias": "none"},
+    "peri": {"norm_placement": "peri"},
+    "embedding_norm_pre": {"norm_placement": "pre", "embedding_norm": True},
+    "embedding_norm_deepnorm": {"embedding_norm": True, "norm": "rmsnorm", "positions": "learned_2d"},
+    "qk_norm": {"qk_norm": True},
+    "qk_norm_grouped": {"qk_norm": True, "num_kv_heads": 2, "rotary_interleaved": True, "bias": "qkv"},
+    "qk_norm_no_bias_no_positions": {"qk_norm": True, "bias": "none", "positions": "none"},
     "rmsnorm": {"norm": "rmsnorm"},
     "rmsnorm_sandwich": {"norm": "rmsnorm", "norm_placement": "sandwich"},
     "rotary_2d": {"positions": "rotary_2d"},
@@ -122,12 +128,19 @@ def random_values(model: Model) -> dict[str, Tensor]:
     return values
 
 
-def compare(model: ModelConfig, settings: Settings, kernels: KernelsConfig, *, told: ModelConfig | None = None) -> None:
+def compare(
+    model: ModelConfig,
+    settings: Settings,
+    kernels: KernelsConfig,
+    *,
+    told: ModelConfig | None = None,
+    softmax: str | None = None,
+) -> None:
     """Logits, loss, group sums and gradients of both implementations. told: what the reference takes the model for."""
     config = Config(
         model=model,
         kernels=kernels,
-        stability=StabilityConfig(softmax="scaled" if settings.scaled_softmax else "fp32"),
+        stability=StabilityConfig(softmax=softmax or ("scaled" if settings.scaled_softmax else "fp32")),
         loss=LossConfig(z_loss=settings.z_loss, softcap=settings.softcap),
     )
     ours = Model(config, Mesh.single(), torch.float32)
@@ -184,6 +197,10 @@ def test_logits_loss_and_gradients_are_those_of_float64(change):
 )
 def test_remedies_are_those_of_float64(settings):
     compare(BASE, settings, KernelsConfig())
+
+
+def test_pb_relax_is_the_same_softmax():
+    compare(BASE, Settings(), KernelsConfig(), softmax="pb_relax")
 
 
 @pytest.mark.parametrize("attention", ["reference", "sdpa", "unfused"])

@@ -82,6 +82,10 @@ VARIANTS: dict[str, list[str]] = {
     "post_norm": ["model.norm_placement=post", "model.tied_embeddings=false", "model.rotary_interleaved=true"],
     "learned_positions": ["model.positions=learned_2d", "data.sampling.positions=2d", "model.activation=gelu_tanh"],
     "scaled_softmax": ["stability.softmax=scaled", "loss.z_loss=1e-3", "loss.softcap=20"],
+    "peri": ["model.norm_placement=peri", "model.qk_norm=true", "model.tied_embeddings=false"],
+    "embedding_norm": ["model.embedding_norm=true", "model.norm_placement=pre", "model.init=normal"],
+    "qk_norm_straddled": ["model.qk_norm=true", "model.num_heads=6", "model.num_kv_heads=3", "model.head_dim=8"],
+    "pb_relax": ["stability.softmax=pb_relax", "model.init_scale=1.5", "optimizer.eps=1e-5", "optimizer.beta2=0.99"],
     "shrunk_head": ["stability.shrink_head=true", "optimizer.clip=0.05"],
 }
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import ConfigError
-from kernels.resolve import KernelError, resolve
+from kernels.resolve import TABLE, KernelError, choose, resolve
 from train.config import Config
 from train.labels import Labels
 from train.mesh import Mesh
@@ -16,6 +16,7 @@ from train.model.ends import Embedding, Head
 from train.model.layers import PostNormLayer, PreNormLayer
 from train.model.lora import add_lora
 from train.model.parameters import Layout, layout_of
+from train.model.probe import Probe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """`precision.dtype` as torch has it."""
@@ -45,13 +46,15 @@ def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Oper
     """Each operation's implementation. Raises ConfigError naming the key of one that cannot run here."""
     kernels, model = config.kernels, config.model
     norm = {"dropout"} if model.hidden_dropout else set()
-    norm |= {"return_sum"} if model.norm_placement in ("pre", "sandwich") else set()
+    norm |= {"return_sum"} if model.norm_placement in ("pre", "sandwich", "peri") else set()
     attention = {"dropout"} if model.attention_dropout else set()
-    attention |= {"half_softmax"} if config.stability.softmax == "half" else set()
+    attention |= {"half_softmax"} if config.stability.softmax in ("half", "pb_relax") else set()
+    attention |= {"pb_relax"} if config.stability.softmax == "pb_relax" else set()
     head = {"tensor_parallel"} if config.parallel.tensor_parallel > 1 else set()
     head |= {"z_loss"} if config.loss.z_loss else set()
     head |= {"softcap"} if config.loss.softcap else set()
     try:
+        chosen = choose("interval_attention", kernels.interval_attention, device, dtype, attention)
         return Operations(
             residual_norm=resolve("residual_norm", kernels.residual_norm, device, dtype, norm),
             bias_activation=resolve("bias_activation", kernels.bias_activation, device, dtype),
@@ -59,6 +62,8 @@ def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Oper
             attention=resolve("interval_attention", kernels.interval_attention, device, dtype, attention),
             linear_cross_entropy=resolve("linear_cross_entropy", kernels.linear_cross_entropy, device, dtype, head),
             embedding=resolve("embedding", kernels.embedding, device, dtype),
+            # Telemetry takes the logit where it is to be had; it never decides which kernel runs.
+            max_logit="max_logit" in TABLE["interval_attention"].implementations[chosen].features,
         )
     except KernelError as error:
         raise ConfigError(str(error)) from error
@@ -78,7 +83,10 @@ class Model(nn.Module):
             mesh=mesh,
             ops=operations(config, mesh.device, dtype),
             seed=config.seed,
+            probe=Probe(config.model.num_layers, mesh.device),
             softmax=config.stability.softmax,
+            pb_relax_alpha=config.stability.pb_relax_alpha,
+            query_key_gain=config.stability.stress.query_key_gain,
             z_loss=config.loss.z_loss,
             softcap=config.loss.softcap,
             recompute=config.parallel.activation_checkpointing == "full",

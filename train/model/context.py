@@ -11,6 +11,7 @@ from kernels.random import Dropout, dropout_key
 from train.config import ModelConfig
 from train.mesh import Mesh
 from train.model.parameters import Layout, make_parameter, split, xavier_std
+from train.model.probe import Probe
 from train.model.tensor_parallel import Weight, column_parallel, row_parallel, sum_gradients
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -29,6 +30,8 @@ class Operations:
     attention: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]]
     embedding: Callable[..., Tensor]
+    max_logit: bool = False
+    """Whether the attention gives its largest logit when it is asked."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ class Context:
     mesh: Mesh
     ops: Operations
     seed: int
+    probe: Probe
     softmax: str = "fp32"
+    pb_relax_alpha: float = 1.0
+    query_key_gain: float = 1.0
     z_loss: float = 0.0
     softcap: float = 0.0
     recompute: bool = False
@@ -64,6 +70,20 @@ class Context:
         return self.model.norm_placement in ("deepnorm", "post")
 
     @property
+    def branch_norm(self) -> bool:
+        """Whether each branch's output has a norm of its own before it is added (sandwich, peri)."""
+        return self.model.norm_placement in ("sandwich", "peri")
+
+    @property
+    def embedding_norm(self) -> bool:
+        """Whether the embedding's output is normalised (BLOOM's, and peri's own)."""
+        return self.model.embedding_norm or self.model.norm_placement == "peri"
+
+    def logit_scale(self, layer: int) -> float:
+        """What attention takes out of the scores before the softmax and puts back in it."""
+        return {"scaled": max(1.0, float(layer)), "pb_relax": self.pb_relax_alpha}.get(self.softmax, 1.0)
+
+    @property
     def residual_scale(self) -> float:
         """DeepNorm's alpha (arXiv 2203.00555, table 1, decoder-only: (2N)^(1/2), GLM-130B's); 1 for the others."""
         if self.model.norm_placement != "deepnorm":
@@ -72,10 +92,13 @@ class Context:
 
     def std(self, fan_in: int, fan_out: int, *, branch: bool) -> float:
         """Deviation of a matrix's initial values. branch: the matrices that DeepNorm damps (value, output, FFN)."""
-        if self.model.init == "normal":
-            return self.model.init_std
-        damped = branch and self.model.norm_placement == "deepnorm"
-        return xavier_std(fan_in, fan_out, (2.0 * self.model.num_layers) ** -0.5 if damped else 1.0)
+        model = self.model
+        if model.init == "normal":
+            std = (3.0 * model.hidden_size) ** -0.5 if model.init_std is None else model.init_std
+        else:
+            damped = branch and model.norm_placement == "deepnorm"
+            std = xavier_std(fan_in, fan_out, (2.0 * model.num_layers) ** -0.5 if damped else 1.0)
+        return std * model.init_scale
 
     def output_std(self, fan_in: int, fan_out: int) -> float:
         """Deviation of a branch's last matrix: GPT-2's 1 / sqrt(2 N) with init=normal."""
@@ -123,6 +146,20 @@ class Context:
         if not module.training or probability == 0.0:
             return None
         return Dropout(probability, dropout_key(self.seed, layer, site), sample_index, offset)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the dims of each query or key head (arXiv 2302.05442, 2309.14322); one weight for all heads."""
+
+    def __init__(self, context: Context, name: str) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = make_parameter(Layout(f"{name}.weight", (context.head_dim,)), context.mesh.device, value=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D]; each tensor-parallel rank has its own heads, so the weight's gradient is summed over them."""
+        (weight,) = sum_gradients(self.context.mesh.tensor_group, self.weight)
+        return nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), self.context.model.norm_eps).to(x.dtype)
 
 
 class Norm(nn.Module):

@@ -19,7 +19,7 @@ EMBEDDING = "word_embeddings.weight"
 
 
 class Embedding(nn.Module):
-    """Token lookup (with EGS), learned positions where the model has them, dropout, and layer 0's input norm."""
+    """Token lookup (with EGS), learned positions and a norm where the model has them, dropout, layer 0's input norm."""
 
     def __init__(self, context: Context) -> None:
         super().__init__()
@@ -34,6 +34,7 @@ class Embedding(nn.Module):
             std = context.std(*table, branch=False)
             self.position_weight = context.matrix(Layout("position_embeddings.weight", table), std)
             self.block_weight = context.matrix(Layout("block_position_embeddings.weight", table), std)
+        self.embedding_norm = Norm(context, "embedding_norm") if context.embedding_norm else None
         self.input_norm = Norm(context, "layers.0.input_norm") if context.post_norm else None
         self.shrink = 1.0
         """EGS alpha of the current step; the engine sets it."""
@@ -50,6 +51,9 @@ class Embedding(nn.Module):
                 positions = positions.chunk(mesh.tensor, 2)[mesh.tensor_rank]
             for row, table in enumerate(context.replicated(self.position_weight, self.block_weight)):
                 hidden = hidden + nn.functional.embedding(positions[:, row].long(), table)
+        context.probe.note("embedding", hidden)
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
         dropout = context.hidden_dropout(self, 0, "embedding", hidden, sample_index)
         hidden = drop_hidden(hidden, dropout)
         if self.input_norm is not None:
@@ -93,6 +97,7 @@ class Head(nn.Module):
         """
         context = self.context
         rows = hidden.flatten(0, 1).index_select(0, labels.rows)
+        context.probe.note("head", hidden)
         loss, z_loss, sums = context.ops.linear_cross_entropy(
             rows,
             self.weight,

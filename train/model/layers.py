@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.random import Dropout, drop_hidden
-from train.model.context import Context, Norm, State, intervals
+from train.model.context import Context, HeadNorm, Norm, State, intervals
 from train.model.parameters import Layout
 from train.model.tensor_parallel import sum_gradients
 
@@ -45,9 +45,9 @@ class Attention(nn.Module):
         self.kv_heads = context.kv_heads // ranks if self.kv_split else context.kv_heads
         width, kv_width = model.num_heads * dim, context.kv_heads * dim
         has_bias = model.bias in ("all", "qkv")
-        query_std = context.std(model.hidden_size, width, branch=False)
+        query_std = context.std(model.hidden_size, width, branch=False) * context.query_key_gain
         value_std = context.std(model.hidden_size, kv_width, branch=True)
-        key_std = context.std(model.hidden_size, kv_width, branch=False)
+        key_std = context.std(model.hidden_size, kv_width, branch=False) * context.query_key_gain
         if self.packed:
             rows = torch.tensor([query_std, key_std, value_std]).repeat_interleave(dim).repeat(self.heads)
             packed = (3 * width, model.hidden_size)
@@ -74,6 +74,8 @@ class Attention(nn.Module):
             context.cut(f"{name}.dense.weight", output, 1), context.output_std(width, model.hidden_size)
         )
         self.dense_bias = context.vector(Layout(f"{name}.dense.bias", output[:1]), wanted=model.bias == "all")
+        self.query_norm = HeadNorm(context, f"{name}.query_norm") if model.qk_norm else None
+        self.key_norm = HeadNorm(context, f"{name}.key_norm") if model.qk_norm else None
 
     def forward(self, x: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
         """x [B,S,H] -> the output product [B,S,H], its bias not yet added."""
@@ -82,14 +84,14 @@ class Attention(nn.Module):
         if self.cache is not None:
             key, value = self.cache.extend(key, value, meta[:, 4])
         context = self.context
-        out, _, _ = context.ops.attention(
+        out, _, max_logit = context.ops.attention(
             query,
             key,
             value,
             attend_from,
             attend_to,
             scale=context.head_dim**-0.5,
-            alpha=max(1.0, float(self.layer)) if context.softmax == "scaled" else 1.0,
+            alpha=context.logit_scale(self.layer),
             softcap=0.0,
             dropout=context.dropout(
                 self,
@@ -99,14 +101,17 @@ class Attention(nn.Module):
                 sample_index,
                 offset=context.mesh.tensor_rank * self.heads,
             ),
-            want_max_logit=False,
+            want_max_logit=context.probe.active and context.ops.max_logit,
         )
-        return context.row_parallel(out.flatten(2), self.dense_weight)
+        context.probe.note_logits(self.layer, max_logit)
+        out = context.row_parallel(out.flatten(2), self.dense_weight)
+        context.probe.note(f"layers.{self.layer}.attention", out)
+        return out
 
     def _packed(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dim = self.context.head_dim
         (packed,) = self.context.column_parallel(x, self.qkv_weight)
-        packed = self._rotate(packed.unflatten(2, (-1, dim)), self.qkv_bias, positions, period=3, passthrough=1)
+        packed = self._turned(packed.unflatten(2, (-1, dim)), self.qkv_bias, positions, query=True, pair=True)
         query, key, value = packed.unflatten(2, (self.heads, 3)).unbind(3)
         return query, key, value
 
@@ -117,8 +122,8 @@ class Attention(nn.Module):
             # All ranks compute all of these heads and each uses some: every rank has a part of the gradient.
             weight, bias = sum_gradients(mesh.tensor_group, weight, bias)
         query, pair = self.context.column_parallel(x, self.query_weight, weight)
-        query = self._rotate(query.unflatten(2, (-1, dim)), self.query_bias, positions, period=1, passthrough=0)
-        pair = self._rotate(pair.unflatten(2, (-1, dim)), bias, positions, period=2, passthrough=1)
+        query = self._turned(query.unflatten(2, (-1, dim)), self.query_bias, positions, query=True, pair=False)
+        pair = self._turned(pair.unflatten(2, (-1, dim)), bias, positions, query=False, pair=True)
         key, value = pair.unflatten(2, (self.kv_heads, 2)).unbind(3)
         if self.kv_split:
             return query, key, value
@@ -133,6 +138,22 @@ class Attention(nn.Module):
             wanted = torch.arange(first, first + self.heads, device=x.device) // share
             return query, key[:, :, wanted], value[:, :, wanted]
         return query, key[:, :, groups], value[:, :, groups]
+
+    def _turned(self, x: Tensor, bias: Tensor | None, positions: Tensor, *, query: bool, pair: bool) -> Tensor:
+        """Bias, QK-norm where the model has one, and rotation of heads in the order (query, key, value) per group.
+
+        query, pair: whether x [B,S,heads,D] holds queries, and whether keys and values.
+        """
+        period, passthrough = query + 2 * pair, int(pair)
+        if self.query_norm is None or self.key_norm is None:
+            return self._rotate(x, bias, positions, period=period, passthrough=passthrough)
+        if bias is not None:
+            x = x + bias.to(x.dtype).view(x.shape[2:])
+        parts = list(x.unflatten(2, (-1, period)).unbind(3))
+        norms = [self.query_norm] * query + [self.key_norm] * pair
+        parts[: len(norms)] = [norm(part) for norm, part in zip(norms, parts, strict=False)]
+        x = torch.stack(parts, 3).flatten(2, 3)
+        return self._rotate(x, None, positions, period=period, passthrough=passthrough)
 
     def _rotate(self, x: Tensor, bias: Tensor | None, positions: Tensor, *, period: int, passthrough: int) -> Tensor:
         model = self.context.model
@@ -156,7 +177,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, context: Context, layer: int) -> None:
         super().__init__()
-        self.context = context
+        self.context, self.layer = context, layer
         model, halves = context.model, 2 if context.gated else 1
         name, inner, has_bias = f"layers.{layer}.mlp", model.ffn_hidden_size, model.bias == "all"
         first = (halves * inner, model.hidden_size)
@@ -177,7 +198,9 @@ class FeedForward(nn.Module):
         """x [B,S,H] -> the second product [B,S,H], its bias not yet added."""
         (inner,) = self.context.column_parallel(x, self.first_weight)
         inner = self.context.ops.bias_activation(inner, self.first_bias, kind=self.context.model.activation)
-        return self.context.row_parallel(inner, self.second_weight)
+        out = self.context.row_parallel(inner, self.second_weight)
+        self.context.probe.note(f"layers.{self.layer}.ffn", out)
+        return out
 
 
 class Layer(nn.Module):
@@ -197,6 +220,7 @@ class Layer(nn.Module):
             hidden = checkpoint(self.run, hidden, meta, sample_index, use_reentrant=False, preserve_rng_state=False)
         else:
             hidden = self.run(hidden, meta, sample_index)
+        self.context.probe.note(f"layers.{self.index}.norms", hidden)
         return hidden, meta, sample_index
 
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
@@ -235,18 +259,18 @@ class PostNormLayer(Layer):
 
 
 class PreNormLayer(Layer):
-    """pre and sandwich: the raw stream flows; each branch reads a norm of it.
+    """pre, sandwich and peri: the raw stream flows; each branch reads a norm of it.
 
     x = x + drop(attention(norm(x)) + b);  x = x + drop(ffn(norm(x)) + b). sandwich puts another norm on each branch's
-    output before it is added (CogView, arXiv 2105.13290).
+    output before it is added (CogView, arXiv 2105.13290); peri has a norm behind the embedding too (arXiv 2502.02732).
     """
 
     def __init__(self, context: Context, index: int) -> None:
         super().__init__(context, index)
         self.input_norm = Norm(context, f"layers.{index}.input_norm")
-        sandwich = context.model.norm_placement == "sandwich"
-        self.attention_norm = Norm(context, f"layers.{index}.attention_output_norm") if sandwich else None
-        self.ffn_norm = Norm(context, f"layers.{index}.mlp_output_norm") if sandwich else None
+        second = context.branch_norm
+        self.attention_norm = Norm(context, f"layers.{index}.attention_output_norm") if second else None
+        self.ffn_norm = Norm(context, f"layers.{index}.mlp_output_norm") if second else None
 
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
         branch = self.attention(self.input_norm(hidden), meta, sample_index)

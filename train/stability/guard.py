@@ -1,0 +1,172 @@
+"""Stands round the optimizer's step, whichever of DeepSpeed's optimizers it is.
+
+Before the step: one norm a tensor, summed over all ranks in one small message together with the loss; from them the
+clip factors of AdaGC or ZClip, the detector's score, and whether this update is left out. After it, in measured steps:
+norms of weights and updates. Nothing here waits for the device.
+
+An update is left out by the fused AdamW's own switch (`found_inf`), which changes neither weights nor moments nor the
+number of steps: the same in fp32, bf16 and fp16, and under every ZeRO stage.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.config import Config
+from train.fragments import Fragment, local_fragments
+from train.mesh import Mesh
+from train.model.build import Model, named_layouts
+from train.stability.clipping import Clipping
+from train.stability.detector import Detector
+from train.stability.gradients import fragment_gradients
+from train.stability.groups import Tensors, group_of
+from train.stability.stress import flip
+from train.stability.telemetry import Snapshot, fp16_shares, squares, update_squares
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the guard saw in one step, the same on all ranks, on the device.
+
+    numbers: float64 [5], `FIELDS`. snapshot: telemetry of a measured step, None in the others.
+    """
+
+    numbers: Tensor
+    snapshot: Snapshot | None
+
+
+FIELDS = ("grad_norm", "embedding_grad_norm", "loss_score", "grad_norm_score", "left_out")
+"""Before the clip; the scores are the detector's; left_out is 1 where the update was skipped."""
+
+
+class Guard:
+    """One run's guard; `Guard.of` gives None where nothing asks for one."""
+
+    def __init__(self, config: Config, mesh: Mesh, model: Model, optimizer: Any) -> None:
+        stability = config.stability
+        self.config, self.mesh, self.model, self.optimizer = config, mesh, model, optimizer
+        self.tensors = Tensors(mesh, (layout.name for layout, _ in named_layouts(model.parameters())))
+        tables = [name for name in self.tensors.names if group_of(name) == "embedding"]
+        self._embedding = self.tensors.numbers(tables, mesh.device)
+        self.clipping = Clipping.of(config.optimizer, len(self.tensors), mesh.device)
+        self.detector = Detector(stability.spike_window, stability.spike_sigma, mesh.device)
+        self.skips = "skip" in stability.reactions
+        self.step_number, self.measures = 0, False
+        self._fragments: list[Fragment] = []
+        self._rounds, self._loss, self._scale = 1, torch.zeros(()), 1.0
+        self._seen: Measured | None = None
+        self._update = optimizer.step
+        optimizer.step = self.step
+
+    @staticmethod
+    def of(config: Config, mesh: Mesh, model: Model, optimizer: Any) -> "Guard | None":
+        """A guard round `optimizer` (the one that DeepSpeed's engine steps), or None."""
+        stability = config.stability
+        wanted = stability.telemetry or stability.reactions or stability.stress.flip_step is not None
+        return Guard(config, mesh, model, optimizer) if wanted or config.optimizer.clip_kind != "global" else None
+
+    def coming(self, step: int) -> None:
+        """Which step is next, counted from 1: whether it is measured, and whether a fault is planted in it."""
+        self.step_number = step
+        self.measures = self.config.stability.telemetry and step % self.config.logging.every_steps == 0
+
+    def begin(self, rounds: int, loss: Tensor, scale: float) -> None:
+        """Before the forward pass. rounds: micro-batches. loss: where the engine adds up their losses on this rank.
+        scale: the loss scale of the step."""
+        self._rounds, self._loss, self._scale = rounds, loss, scale
+        self._seen = None
+        if self.measures:
+            self.model.context.probe.start()
+
+    def end(self) -> Measured:
+        """After the step: what was seen in it."""
+        self.model.context.probe.active = False
+        assert self._seen is not None
+        return self._seen
+
+    @torch.no_grad()
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of the optimizer's step."""
+        mesh, inner = self.mesh, getattr(self.optimizer, "optimizer", self.optimizer)
+        if not self._fragments:
+            self._fragments = list(local_fragments(self.optimizer, self.model, mesh, self.config.parallel.zero_stage))
+            names = [one.layout.name for one in self._fragments]
+            self._numbers = self.tensors.numbers(names, mesh.device)
+            self._owned = torch.tensor([float(one.owner) for one in self._fragments], device=mesh.device).double()
+        fragments = self._fragments
+        gradients = fragment_gradients(self.optimizer, fragments, self.config.parallel.zero_stage)
+        stress = self.config.stability.stress
+        if stress.flip_step == self.step_number:
+            flip(stress, fragments, gradients)
+        found, loss = self._whole(squares(gradients) / self._scale**2)
+        fp16 = fp16_shares(fragments, gradients) if self.measures else None
+        if self.clipping is not None:
+            factors = self.clipping.factors(found.sqrt()).to(torch.float32)[self._numbers]
+            torch._foreach_mul_(gradients, list(factors.unbind()))
+        total = found.sum().sqrt()
+        left_out = self._detect(loss, total, inner)
+        done = self._update(*args, **kwargs)
+        embedding = found[self._embedding].sum().sqrt()
+        numbers = torch.stack((total, embedding, *self._score, left_out))
+        snapshot = None if fp16 is None else self._snapshot(found, fp16, inner, 1.0 - left_out)
+        self._seen = Measured(numbers, snapshot)
+        return done
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; waits for the device."""
+        state = {"window": self.detector.state(), "window_steps": int(self.detector.steps)}
+        return state | ({} if self.clipping is None else {"clipping": self.clipping.state.tolist()})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave; what a run did not keep starts anew."""
+        if "window" in state:
+            self.detector.load(state["window"], state["window_steps"])
+        saved = state.get("clipping")
+        if self.clipping is not None and saved is not None and len(saved) == len(self.clipping.state):
+            self.clipping.state.copy_(torch.tensor(saved, dtype=torch.float64))
+
+    def _whole(self, mine: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms [tensors] of the whole model's gradients, and the step's loss; mine: by fragment."""
+        mesh = self.mesh
+        tells = mesh.last_stage and mesh.tensor_rank == 0
+        loss = self._loss / (self._rounds * mesh.data) if tells else torch.zeros_like(self._loss)
+        # A product with 0 would let another rank's overflow through.
+        owned = torch.where(self._owned > 0, mine, 0.0)
+        packed = torch.cat((self.tensors.scatter(self._numbers, owned), loss.view(1)))
+        if mesh.world > 1:
+            torch.distributed.all_reduce(packed)
+        return packed[:-1], packed[-1]
+
+    def _detect(self, loss: Tensor, norm: Tensor, inner: Any) -> Tensor:
+        """Score the step; float64 scalar, 1 where its update is left out."""
+        zero = torch.zeros_like(norm)
+        self._score = (zero, zero)
+        if not self.config.stability.reactions:
+            return zero
+        score = self.detector.see(loss, norm)
+        if self.config.precision.dtype == "fp16" and self.config.precision.loss_scale == 0:
+            # With a dynamic loss scale an overflow is how the scale finds its place.
+            score = torch.where(norm.isfinite(), score, 0.0)
+        self._score = (score[0], score[1])
+        if not self.skips:
+            return zero
+        spike = (score > self.config.stability.spike_sigma).any()
+        inner.grad_scale, inner.found_inf = None, spike.float()
+        return spike.double()
+
+    def _snapshot(self, gradients: Tensor, fp16: Tensor, inner: torch.optim.Optimizer, taken: Tensor) -> Snapshot:
+        fragments, probe = self._fragments, self.model.context.probe
+        updates = update_squares(fragments, inner) * taken
+        if getattr(self.optimizer, "overflow", False):
+            updates = torch.zeros_like(updates)
+        weights = squares([one.master for one in fragments])
+        return Snapshot(
+            gradients=gradients,
+            weights=self.tensors.scatter(self._numbers, weights * self._owned),
+            updates=self.tensors.scatter(self._numbers, updates * self._owned),
+            activations=probe.sums.clone(),
+            max_logits=probe.max_logits.clone(),
+            fp16=fp16,
+        )
