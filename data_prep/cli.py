@@ -49,6 +49,7 @@ VALUE_KEYS = frozenset(
         "task_details",
         "evaluation.tasks",
         "output",
+        "run_dirs",
         "initialize_from",
         "tokenizer.path",
         "source",
@@ -56,7 +57,7 @@ VALUE_KEYS = frozenset(
     }
 )
 """Keys whose values are paths or free text: quoted before Hydra sees them. `LIST_KEYS` hold lists of such."""
-LIST_KEYS = frozenset({"data.sources", "tasks", "evaluation.tasks"})
+LIST_KEYS = frozenset({"data.sources", "run_dirs", "tasks", "evaluation.tasks"})
 
 _QUIET = ["hydra.run.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
 _QUIET += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -102,7 +103,13 @@ def run(
             sys.argv = [program, *_QUIET, f"hydra.sweep.dir={scratch}", *_flags_last(words)]
             hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name=config_name)(keep)()
         for config in composed:
-            status = max(status, task(to_object(config, schema)) or EXIT_DONE)
+            try:
+                status = max(status, task(to_object(config, schema)) or EXIT_DONE)
+            except RunFailed as error:
+                # In a sweep a run that diverged is a result; the others go on.
+                if len(composed) == 1:
+                    raise
+                status = _say(program, EXIT_CRASH, error)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         return _say(program, EXIT_CONFIG, error, schema)
     except DataError as error:
@@ -168,7 +175,8 @@ def _check_groups(words: Sequence[str]) -> None:
     for word in words:
         group, equals, name = word.lstrip("+").partition("=")
         if equals and name not in ("", "null") and group.isidentifier() and (CONFIG_DIR / group).is_dir():
-            names = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+            folder = CONFIG_DIR / group
+            names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
             if name not in names:
                 raise ConfigError(f"{word} is not known; use one of {', '.join(names)}")
 

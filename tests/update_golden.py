@@ -28,7 +28,8 @@ DATA = "data.path=DIR"
 
 def recipes(group: str) -> list[str]:
     """Names of the shipped files of a config group."""
-    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    folder = CONFIG_DIR / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def overrides(group: str, name: str) -> list[str]:
@@ -64,7 +65,7 @@ def resolved(file: str) -> str:
     """Today's text of one golden file, given by its name in the folder."""
     if file.startswith("launch/"):
         return script(Path(file).stem)
-    group, _, name = file.removesuffix(".yaml").rpartition("/")
+    group, _, name = (file if "/" in file else f"/{file}").removesuffix(".yaml").partition("/")
     if group == "experiment":
         return as_yaml(compose_train(overrides(group, name)))
     if group == "model":
@@ -92,7 +93,7 @@ def main() -> int:
     for file in files():
         (GOLDEN / file).parent.mkdir(parents=True, exist_ok=True)
         (GOLDEN / file).write_text(resolved(file), encoding="utf-8")
-    for path in {path for group in (*FOLDERS, "launch") for path in (GOLDEN / group).glob("*.*")} - wanted:
+    for path in {path for group in (*FOLDERS, "launch") for path in (GOLDEN / group).rglob("*.*")} - wanted:
         path.unlink()
     print(f"{len(wanted)} files in {GOLDEN}")
     return 0

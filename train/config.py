@@ -231,6 +231,8 @@ class StressConfig:
 class StabilityConfig:
     """Telemetry, remedies against divergence, and what a run does by itself when it spikes; see docs/stability.md."""
 
+    name: str = "default"
+    """Name of the set of remedies, shown in reports."""
     telemetry: bool = True
     """Norms of gradients, weights, updates and activations by group, every logging.every_steps steps."""
     reactions: list[str] = field(default_factory=lambda: ["warn"])

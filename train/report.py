@@ -22,6 +22,7 @@ from train.charts import Point, Series, line_chart, smoothed
 from train.observers import duration, number, short
 from train.page import chart_grid, header, section, table_card, tile_row, whole_page
 from train.run_folder import holds_run, read_json, read_log
+from train.stability.charts import telemetry_charts
 
 LANGUAGE_NAMES = {"zh": "Chinese", "en": "English", "zh_hant": "Traditional Chinese", "code": "code", "other": "other"}
 KIND_NAMES = {"gmask": "[gMASK]", "mask": "[MASK]", "smask": "[sMASK]", "causal": "causal"}
@@ -116,6 +117,7 @@ def page(run: Run) -> str:
             "Accuracy on evaluation.tasks, scored at a [MASK] or as a continuation; dashes are what guessing gives.",
         ),
         section("How it ran", chart_grid(_running_charts(run))),
+        section("Stability", chart_grid(telemetry_charts(run.metrics)), "What the terms mean: docs/stability.md."),
         section("Events", _events(run.events)),
         section("Environment", _environment(run)),
         section("Commands", _commands(run)),

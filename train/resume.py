@@ -35,6 +35,8 @@ FREE = (
     "max_steps",
     "max_samples",
     "micro_batch_size",
+    "stability.telemetry",
+    "stability.events",  # a new act lies ahead of the checkpoint, see train.stability.reactions
     "initialize_from",
 )
 """Keys, or prefixes of keys, that change how a run is carried out but not what it computes."""

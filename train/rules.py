@@ -215,8 +215,8 @@ def _numbers(config: Config) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key}={value} must be more than 0")
-    switched: tuple[str, ...] = ("saving.every_steps", "saving.keep_every", "evaluation.every_steps", "evaluation.tasks_every_steps")
-    switched += ("optimizer.clip", "parallel.compare_replicas_every_steps")
+    switched = ["saving.every_steps", "saving.keep_every", "evaluation.every_steps", "evaluation.tasks_every_steps"]
+    switched += ["optimizer.clip", "parallel.compare_replicas_every_steps"]
     counts = ("cooldown_steps", "max_acts", "roll_back_margin_steps", "skip_ahead_samples", "rewarm_samples")
     for key in (*switched, *(f"stability.{name}" for name in counts)):
         if get(config, key) < 0:

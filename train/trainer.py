@@ -17,7 +17,6 @@ from data_prep.batch import Batch
 from data_prep.cli import as_yaml
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError, RankFailed, RunFailed, Stopped
-from data_prep.loader import SampleStream, make_loader
 from data_prep.order import DataPlan, mixture_plan
 from data_prep.samples import Sampler
 from train import backend, rules
@@ -26,12 +25,13 @@ from train.checkpoint import read, write
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.saver import Saver
 from train.checkpoint.select import find
-from train.collective import any_rank, on_rank_zero, together
+from train.collective import any_rank, gather, on_rank_zero, together
 from train.config import Config
 from train.engine import Engine, StepNumbers, StepResult
 from train.fills import fill_blanks
 from train.fragments import adam_steps
 from train.heartbeat import Heartbeat
+from train.loading import open_loader, sampler
 from train.mesh import Mesh
 from train.model.build import DTYPES, operations
 from train.observers import MetricsObserver, Observer, ProgressObserver
@@ -41,6 +41,8 @@ from train.run_folder import RunFolder, command_line
 from train.schedule import BatchSize, RunLength, embedding_shrink, learning_rate
 from train.scores import loss_by_group, targets, targets_by_group
 from train.signals import StopRequest
+from train.stability.reactions import Event, Reactions, target_of
+from train.stability.roll_back import checkpoint_before
 from train.task_evaluation import TaskEvaluation
 from train.validation import Validation
 from train.wandb_observer import WandbObserver
@@ -89,6 +91,7 @@ class Trainer:
         self._pending: list[tuple[dict[str, Any], StepResult]] = []
         self._saved_step = -1
         self._validated_step = -1
+        self._rolls_back: Event | None = None
 
     def run(self) -> None:
         """Everything from start-up to the report."""
@@ -127,11 +130,15 @@ class Trainer:
         first_step = self.step
         clock = time.perf_counter()
         for global_batch in self._micro_batches():
-            consumed = self.plan.advance(self.consumed_samples, len(global_batch) * self._samples_a_round)
+            step, consumed = self.step + 1, self._place_after(len(global_batch))
+            for event in self.reactions.before(step, self.consumed_samples):
+                self._tell(event)
             lr = learning_rate(self.config.schedule, self.config.optimizer.lr, consumed)
+            lr = self.reactions.learning_rate(step, consumed, lr)
+            shrink = self.reactions.shrink(step, embedding_shrink(self.config, self.consumed_samples))
             self.heart.now("step")
             try:
-                result = self.engine.step(global_batch, lr, embedding_shrink(self.config, self.consumed_samples))
+                result = self.engine.step(global_batch, lr, shrink)
             except RankFailed:
                 raise
             except RunFailed as error:
@@ -143,8 +150,12 @@ class Trainer:
             self.trained_samples += len(global_batch) * self._samples_a_round
             samples = len(global_batch) * self._samples_a_round
             self._pending.append((self._record(lr, samples, time.perf_counter() - clock), result))
-            if self._due(self.config.logging.every_steps):
+            if self.reactions.wait or self._due(self.config.logging.every_steps):
                 self._read_pending()
+            if self._rolls_back:
+                self._roll_back()
+                clock = time.perf_counter()
+                continue
             if self._due(self.config.evaluation.every_steps):
                 self._validate()
             if self._due(self.config.evaluation.tasks_every_steps):
@@ -170,6 +181,7 @@ class Trainer:
         found = starting_point(config, self.mesh, self.dataset, self.yaml)
         self.heart.now("engine")
         self.engine = Engine.start(config, self.mesh)
+        self.reactions = Reactions(config, self.engine)
         self.heart.now("checkpoint")
         self._resume(found)
         self.saver = Saver(
@@ -181,14 +193,7 @@ class Trainer:
             before_commit=lambda: self.folder.flush() if self.folder is not None else None,
         )
         self.heart.now("data", self.step)
-        self.sampler = Sampler(
-            self.dataset,
-            config.data.sampling,
-            config.sequence_length,
-            seed=config.seed,
-            weighting=config.loss.weighting,
-            plan=self.plan,
-        )
+        sampler(config, self.dataset, self.plan)  # what is wrong with the data is said before anything is written
         if config.evaluation.every_steps:
             self.held_out = together(self.mesh, lambda: _held_out(config, self.dataset))
             self.validation = Validation(self.held_out, config.evaluation.samples, self.engine)
@@ -226,12 +231,27 @@ class Trainer:
             self.trained_samples = state["trained_samples"]
             self.target_tokens = state["target_tokens"]
             self.plan = DataPlan(state["data_plan"]).with_mixture(self.config.data.mixture, self.consumed_samples)
+            self.reactions.load_state(state.get("stability", {}))
             if self.mesh.rank == 0:
                 logger.info("resuming from %s", found)
         elif self.config.initialize_from is not None:
             reader = PieceReader(find(self.config.initialize_from), ("model",))
             together(self.mesh, lambda: read.load_weights(self.engine, reader))
+        events = on_rank_zero(self.mesh, lambda: self.folder.read("events") if self.folder is not None else [])
+        self._told = {event["id"] for event in events or []}
+        self._skip(self.reactions.go_on_from(self.step, gather(self.mesh, events)[0]))
         on_rank_zero(self.mesh, self._rewind)
+
+    def _roll_back(self) -> None:
+        """Go back to the checkpoint that a reaction chose, and go on past what it skips."""
+        assert self._rolls_back is not None
+        target, self._rolls_back = target_of(self._rolls_back), None
+        self._resume(read.choose(self.mesh, self.run_dir, target))
+
+    def _checkpoint_before(self, step: int) -> tuple[int, int] | None:
+        """Where a roll-back from `step` goes."""
+        self.saver.finish()
+        return checkpoint_before(self.mesh, self.run_dir, step, self.config.saving.every_steps)
 
     def _rewind(self) -> None:
         """Move what lies beyond the checkpoint out of the way: metrics, validation, later checkpoints."""
@@ -247,26 +267,25 @@ class Trainer:
     def _micro_batches(self) -> Iterator[list[Batch | None]]:
         """The micro-batches of each step that is left, this data-parallel rank's."""
         loader: Iterator[Batch] | None = None
-        if self.engine.needs_batches:
-            stream = SampleStream(
-                self.sampler,
-                consumed_samples=self.consumed_samples,
-                micro_batch_size=self.config.micro_batch_size,
-                batch_size_at=self.batch_size_at,
-                data_parallel_rank=self.mesh.data_rank,
-                data_parallel_size=self.mesh.data,
-            )
-            loader = iter(
-                make_loader(
-                    stream,
-                    workers=self.config.data.workers,
-                    prefetch_batches=self.config.data.prefetch_batches,
-                    pin_memory=self.mesh.device.type != "cpu",
-                )
-            )
+        place: tuple[int, DataPlan] | None = None
         while not self.length.reached(self.step, self.consumed_samples):
+            self._skip(self.reactions.skipped(self.step + 1))
+            if self.engine.needs_batches and place != (self.consumed_samples, self.plan):
+                # At the start, and where a roll-back or a skipped range changed what comes next.
+                loader = open_loader(self.config, self.mesh, self.dataset, self.plan, self.consumed_samples)
             rounds = self.batch_size_at(self.consumed_samples) // self._samples_a_round
+            place = (self._place_after(rounds), self.plan)
             yield [None if loader is None else next(loader) for _ in range(rounds)]
+
+    def _place_after(self, rounds: int) -> int:
+        """The cursor in the sample index after so many more rounds of micro-batches."""
+        return self.plan.advance(self.consumed_samples, rounds * self._samples_a_round)
+
+    def _skip(self, ranges: list[list[int]]) -> None:
+        """Leave ranges of samples out from here on; the plan is a new object wherever it changed."""
+        if ranges:
+            entries = [{"from_sample": self.consumed_samples, "skip": samples} for samples in ranges]
+            self.plan = DataPlan([*self.plan.to_list(), *entries])
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -310,7 +329,13 @@ class Trainer:
         for observer in self.observers:
             observer.on_steps(records)
         for record, number, (_, result) in zip(records, numbers, pending, strict=True):
-            self._check_finite(record["step"], number, result)
+            step, consumed = record["step"], record["consumed_samples"]
+            event = self.reactions.see(step, consumed, number, self._checkpoint_before)
+            if event is not None:
+                self._tell(event)
+                self._rolls_back = event if target_of(event) is not None else None
+            if self._rolls_back is None:
+                self._check_finite(step, number, result)
 
     def _measured(self, number: StepNumbers) -> dict[str, Any]:
         measured: dict[str, Any] = {
@@ -330,8 +355,9 @@ class Trainer:
         """All ranks see the same numbers, so all of them raise."""
         infinite = [name for name in ("loss", "grad_norm") if not abs(getattr(number, name)) < float("inf")]
         dynamic = self.config.precision.dtype == "fp16" and self.config.precision.loss_scale == 0
-        if not infinite or (number.skipped and dynamic):
-            # With a dynamic loss scale an overflow is how the scale finds its place; elsewhere it is the end.
+        if not infinite or (number.skipped and dynamic) or number.seen.get("left_out"):
+            # With a dynamic loss scale an overflow is how the scale finds its place; elsewhere, unless the update was
+            # left out, it is the end.
             return
         where = self.engine.first_bad_layer(result) or "the backward pass"
         seen = f"{' and '.join(infinite)} not finite, first in {where}"
@@ -355,6 +381,13 @@ class Trainer:
         record = {"id": f"{kind}-{step}", "step": step, "from_sample": self.consumed_samples, "kind": kind}
         for observer in self.observers:
             observer.on_event({**record, "seen": seen, "action": "stopped"})
+
+    def _tell(self, event: Event) -> None:
+        """Hand an event on, once: a resumed run sees again what happened after its checkpoint."""
+        if event["id"] not in self._told:
+            self._told.add(event["id"])
+            for observer in self.observers:
+                observer.on_event(event)
 
     def _validate(self) -> None:
         if not self.config.evaluation.every_steps:
@@ -386,6 +419,7 @@ class Trainer:
             "schedule": asdict(self.config.schedule),
             "optimizer_steps": adam_steps(self.engine.deepspeed.optimizer),
             "loss_scaler": self.engine.scaler_state(),
+            "stability": self.reactions.state(),
         }
         self.saver.start(state)
         self._saved_step = self.step
@@ -407,13 +441,6 @@ class Trainer:
 def _held_out(config: Config, dataset: Dataset) -> Sampler:
     """The validation split's sampler."""
     try:
-        return Sampler(
-            dataset,
-            config.data.sampling,
-            config.sequence_length,
-            seed=config.seed,
-            weighting=config.loss.weighting,
-            split="valid",
-        )
+        return sampler(config, dataset, split="valid")
     except DataError as error:
         raise ConfigError(f"{error}; or set evaluation.every_steps=0") from error

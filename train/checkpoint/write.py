@@ -127,6 +127,8 @@ def set_aside(run_dir: Path, step: int, attempt: int) -> None:
     aside.mkdir(parents=True, exist_ok=True)
     for later in newer:
         folder = step_folder(run_dir, later)
+        # A second roll-back in one attempt may set the same step aside again.
+        shutil.rmtree(aside / folder.name, ignore_errors=True)
         folder.rename(aside / folder.name)
     write_bytes(run_dir / "checkpoints" / LATEST, (step_folder(run_dir, step).name + "\n").encode())
 

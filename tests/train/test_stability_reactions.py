@@ -1,0 +1,239 @@
+"""Spikes: what counts as one, what is done about it, and that a killed run repeats it bit for bit."""
+
+import json
+import math
+import random
+import signal
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Command
+from tests.train.parity import BATCH, LR, SHRINK, batch_of, in_ranks, my_batches, start_engine
+from tests.train.test_resume import lines, started, steps_written, wait_for
+from train.config import StressConfig
+from train.model.parameters import split
+from train.stability.detector import SMALLEST_DEVIATION, Detector
+from train.stability.stress import NGRAM, flipped, local_index, poisoned
+
+POISON = ["stability.stress.poison_samples=[103,115]", "stability.spike_window=16", "optimizer.lr=5e-3"]
+"""Steps 26 to 28 of the tiny run train on garbage; by then it knows enough to be surprised."""
+
+
+@pytest.mark.unit
+def test_the_detector_is_a_window_of_plain_statistics() -> None:
+    window, sigma = 20, 6.0
+    ours = Detector(window, sigma)
+    generator = random.Random(3)
+    held: list[list[float]] = [[], []]
+    found = []
+    for step in range(120):
+        loss, norm = 5 + generator.gauss(0, 0.1), math.exp(generator.gauss(0, 0.2))
+        loss += 3.0 if step in (50, 51) else 0.0
+        norm *= 50.0 if step == 80 else 1.0
+        loss = math.inf if step == 100 else loss
+        score = ours.see(*torch.tensor([loss, norm], dtype=torch.float64)).tolist()
+        for number, x in enumerate((loss, math.log(norm))):
+            known = [value for value in held[number][-window:] if not math.isnan(value)]
+            wanted, limit = 0.0, math.inf
+            if step >= window / 2:
+                mean, deviation = statistics.fmean(known), max(statistics.pstdev(known), SMALLEST_DEVIATION)
+                wanted, limit = (x - mean) / deviation, mean + sigma * deviation
+            assert score[number] == pytest.approx(wanted if math.isfinite(x) else math.inf, rel=1e-5, abs=1e-6)
+            held[number].append(min(x, limit) if math.isfinite(x) else math.nan)
+        if max(score) > sigma:
+            found.append(step)
+        if step == 60:
+            again = Detector(window, sigma)
+            again.load(json.loads(json.dumps(ours.state())), step + 1)
+            ours = again
+    assert found == [50, 51, 80, 100]
+
+
+@pytest.mark.unit
+def test_poison_replaces_the_text_and_nothing_else() -> None:
+    batch, pieces = batch_of(0, 4), 100
+    for kind in ("garbage", "repeat"):
+        hit = poisoned(batch, StressConfig(poison_samples=[1, 3], poison=kind), seed=5, pieces=pieces)
+        again = poisoned(batch_of(1, 1), StressConfig(poison_samples=[1, 3], poison=kind), seed=5, pieces=pieces)
+        assert torch.equal(hit.tokens[1], again.tokens[0])
+        for row in range(4):
+            same = bool((hit.tokens[row] == batch.tokens[row]).all() and (hit.targets[row] == batch.targets[row]).all())
+            assert same == (row in (0, 3))
+        special = batch.tokens >= pieces
+        assert torch.equal(hit.tokens[special], batch.tokens[special])
+        assert torch.equal(hit.loss_weight, batch.loss_weight)
+        words = hit.tokens[1][~special[1]]
+        assert bool((words[NGRAM:] == words[:-NGRAM]).all()) == (kind == "repeat")
+    assert poisoned(batch, StressConfig(), seed=5, pieces=pieces) is batch
+
+
+@pytest.mark.unit
+def test_a_bit_is_flipped_where_the_address_says() -> None:
+    assert flipped(1.0, 31) == -1.0
+    assert flipped(1.0, 23) == 0.5
+    assert flipped(flipped(0.3, 30), 30) == pytest.approx(0.3)
+    full = torch.arange(8 * 6).view(8, 6)
+    for rank in range(2):
+        for dim, halves in ((0, 1), (0, 2), (1, 1)):
+            layout = split("w", (8, 6), dim, rank, 2, halves=halves)
+            shard = layout.cut(full).flatten().tolist()
+            for index in range(48):
+                place = local_index(layout, index)
+                assert (shard[place] == index) if place is not None else (index not in shard)
+
+
+def _flipped(layouts: list[list[str]]) -> list[list[float]]:
+    curves = []
+    for layout in layouts:
+        engine = start_engine(["stability.stress.flip_step=3", "stability.stress.flip_index=7", *layout])
+        results = []
+        for step in range(4):
+            engine.guard.coming(step + 1)
+            results.append(engine.step(my_batches(engine, step * BATCH, BATCH), LR, SHRINK))
+        curves.append([one.grad_norm for one in engine.read(results)])
+    return curves
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("kind", "bit", "name"),
+    [("weight", 29, "layers.0.post_attention_norm.weight"), ("gradient", 26, "layers.0.mlp.dense_4h_to_h.weight")],
+)
+def test_a_flipped_bit_hits_the_same_element_in_every_layout(kind: str, bit: int, name: str) -> None:
+    # One bit of the exponent: a norm's weight of nearly 1 becomes nearly 0, a gradient 256 times as large.
+    words = [f"stability.stress.flip={kind}", f"stability.stress.flip_bit={bit}"]
+    words.append(f"stability.stress.flip_parameter={name}")
+    alone, clean = in_ranks(1, _flipped, [["parallel.zero_stage=0", *words], ["stability.stress.flip_step=null"]])
+    assert alone[:2] == pytest.approx(clean[:2], rel=1e-5)
+    assert alone != pytest.approx(clean, rel=5e-5)
+    two = [[], ["parallel.zero_stage=3"], ["parallel.tensor_parallel=2"], ["parallel.pipeline_parallel=2"]]
+    for curve in in_ranks(2, _flipped, [[*layout, *words] for layout in two]):
+        assert curve == pytest.approx(alone, rel=1e-5)
+
+
+def _skipping(layout: list[str]) -> list[tuple[bool, float]]:
+    words = ["stability.reactions=[skip]", "stability.spike_window=16", "stability.spike_sigma=4"]
+    words += ["stability.stress.flip=gradient", "stability.stress.flip_bit=30", "stability.stress.flip_step=13"]
+    engine = start_engine([*words, *layout])
+    found = []
+    for step in range(15):
+        engine.guard.coming(step + 1)
+        before = [fragment.master.clone() for fragment in engine.fragments()]
+        moments = [fragment.moments["exp_avg"].clone() for fragment in engine.fragments()]
+        numbers = engine.read([engine.step(my_batches(engine, step * BATCH, BATCH), LR, SHRINK)])[0]
+        moved = max(float((one.master - old).abs().max()) for one, old in zip(engine.fragments(), before, strict=True))
+        for one, old in zip(engine.fragments(), moments, strict=True):
+            moved = max(moved, float((one.moments["exp_avg"] - old).abs().max()))
+        found.append((numbers.skipped, moved))
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [["parallel.zero_stage=0"], [], ["precision=bf16"], ["parallel.zero_stage=3"]])
+def test_skip_leaves_weights_and_moments_as_they_were(layout: list[str]) -> None:
+    for number, (skipped, moved) in enumerate(in_ranks(2, _skipping, layout)):
+        assert skipped == (number == 12)
+        assert (moved > 0) == (number != 12)
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    acts = [
+        "{step: 6, action: lower_shrink, factor: 0.5}",
+        "{step: 9, action: skip_samples, samples: [34, 37]}",
+        "{step: 34, action: reset_optimizer}",
+    ]
+    return [
+        *tiny_overrides,
+        *POISON,
+        "stability.embedding_gradient_shrink=0.8",
+        "stability.reactions=[roll_back,lower_lr]",
+        "stability.rewarm_samples=8",
+        "stability.spike_sigma=3.5",
+        "stability.roll_back_margin_steps=2",
+        f"stability.events=[{','.join(acts)}]",
+        "optimizer.clip_kind=zclip",
+        "optimizer.clip_warmup_steps=4",
+        "max_steps=40",
+        "saving.every_steps=4",
+        "saving.keep_last=12",
+        "logging.every_steps=5",
+    ]
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in event.items() if key != "attempt"} for event in found]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, overrides: list[str], command: Command) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    command("train", *overrides, f"run_dir={run_dir}")
+    return run_dir
+
+
+@pytest.mark.e2e
+def test_a_poisoned_range_is_rolled_back_and_skipped(whole_run: Path) -> None:
+    found, steps = events(whole_run), lines(whole_run)
+    assert [event["kind"].endswith("spike") for event in found] == [False, False, True, True, False]
+    spike, again = found[2:4]
+    back, lower = spike["acts"]
+    # The three samples that the planned act skips move the poison to the samples of step 26 exactly.
+    assert spike["step"] == 26
+    assert back["action"] == "roll_back"
+    assert back["to_step"] == 20
+    assert back["skip"] == [95, 107]
+    assert (lower["action"], lower["factor"], lower["step"]) == ("lower_lr", 0.5, 21)
+    # Two thirds of the poison still lie ahead: found again, from the same checkpoint.
+    assert again["acts"][0]["to_step"] == 20
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    aside = (whole_run / "discarded" / "metrics.attempt-1.jsonl").read_text()
+    assert json.loads(aside.splitlines()[0])["step"] == 21
+    plan = json.loads((whole_run / "checkpoints" / "step_00000040" / "trainer_state.json").read_text())["data_plan"]
+    assert {"from_sample": 32, "skip": [34, 37]} in plan
+    consumed = [line["consumed_samples"] for line in steps]
+    for event in (spike, again):
+        first, end = event["acts"][0]["skip"]
+        assert {"from_sample": 83, "skip": [first, end]} in plan
+        assert not any(first < cursor <= end for cursor in consumed)
+    # Twice half of the schedule's rate, once the 8 samples of its warm-up are over.
+    last, size = steps[-1], 400
+    wanted = 1e-4 + (5e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * (last["consumed_samples"] - 16) / (size - 16)))
+    assert last["lr"] == pytest.approx(wanted * 0.25)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "when", [pytest.param((4, 19), marks=pytest.mark.slow), (21, 25), pytest.param((26, 36), marks=pytest.mark.slow)]
+)
+def test_a_killed_run_with_events_repeats_itself_bit_for_bit(
+    when: tuple[int, int], whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    generator = random.Random()
+    process = started(overrides, tmp_path / "run")
+    wanted = generator.randint(*when)
+    wait_for(lambda: steps_written(tmp_path / "run") >= wanted, process)
+    time.sleep(generator.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert steps_written(tmp_path / "run") < 40
+    command("train", *overrides, f"run_dir={tmp_path / 'run'}")
+    assert lines(tmp_path / "run") == lines(whole_run)
+    assert events(tmp_path / "run") == events(whole_run)
+
+
+@pytest.mark.e2e
+def test_an_act_that_should_have_happened_is_refused(
+    whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    words = [word for word in overrides if not word.startswith(("stability.events", "max_steps"))]
+    words += [f"run_dir={whole_run}", "max_steps=42"]
+    done = command("train", *words, "stability.events=[{step: 39, action: reset_optimizer}]", check=False)
+    assert done.returncode == 2
+    assert "act at step 39, but the run stands at step 40" in done.stderr
