@@ -13,6 +13,7 @@ Free of torch: the launcher reads these files too.
 import faulthandler
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,19 +22,19 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 BEAT_SECONDS = 1.0
 """How often the file is written."""
-SAMPLE_SECONDS = 0.1
-"""How often the stacks are looked at."""
+SAMPLE_SECONDS = 0.5
+"""How often the stacks are looked at; a look takes one or two milliseconds."""
 WINDOW_BEATS = 60
 """Beats over which `own_seconds` is an average."""
 _BYTES = 1024
 """Length of the file: written in place, it never needs another block of the disk."""
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+_FRAME = re.compile(r'\s+File "(.*)", line (\d+) in (.*)')
 _LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", "<frozen", sys.prefix + "/lib")
 
 
@@ -112,8 +113,9 @@ class Heartbeat:
     def _run(self) -> None:
         due = time.monotonic() + BEAT_SECONDS
         last = time.monotonic()
+        stacks = _Stacks()
         while not self._stop.wait(SAMPLE_SECONDS):
-            self._collective = _collective()
+            self._collective = stacks.collective()
             moment = time.monotonic()
             if self._collective is None and self._phase in ("data", "step"):
                 self._own += moment - last
@@ -179,25 +181,50 @@ def read_beats(run_dir: Path) -> dict[int, Beat]:
     return {rank: beat for rank, beat in beats.items() if beat is not None}
 
 
-def _collective() -> str | None:
-    """The outermost function of torch.distributed on any thread's stack, the main thread's first, and its caller."""
-    frames = sys._current_frames()
-    main = threading.main_thread().ident
-    for ident in sorted(frames, key=lambda ident: ident != main):
-        found = _in_collective(frames[ident])
+class _Stacks:
+    """The Python stacks of all threads, as text from faulthandler.
+
+    `sys._current_frames` would be shorter, but walking a running thread's frame objects from another thread has crashed
+    the interpreter (3.11). faulthandler reads them without making or touching any object.
+    """
+
+    def __init__(self) -> None:
+        # In memory: a full disk must not blind it.
+        self._file = open(os.memfd_create("stacks"), "w+b", buffering=0)  # noqa: SIM115 - as long as the process
+        self._main = f"0x{threading.main_thread().ident:016x}"
+
+    def collective(self) -> str | None:
+        """The outermost function of torch.distributed on a thread's stack, the main thread's first, and its caller."""
+        self._file.seek(0)
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        length = self._file.tell()
+        self._file.seek(0)
+        return collective_in(self._file.read(length).decode("utf-8", "replace"), self._main)
+
+
+def collective_in(text: str, main: str) -> str | None:
+    """The collective in a dump of faulthandler, such as `all_reduce from train/engine.py:120`; None without one.
+
+    main: the main thread's identifier as the dump writes it; the others count where the main thread is in none.
+    """
+    stacks = [part.splitlines() for part in text.split("\n\n")]
+    for lines in sorted(stacks, key=lambda lines: main not in lines[0] if lines else True):
+        found = _in_collective(lines[1:])
         if found is not None:
             return found
     return None
 
 
-def _in_collective(innermost: FrameType) -> str | None:
+def _in_collective(frames: list[str]) -> str | None:
+    """frames: lines `  File "PATH", line N in FUNCTION`, innermost first."""
     name: str | None = None
-    frame: FrameType | None = innermost
-    while frame is not None:
-        file = frame.f_code.co_filename
+    for line in frames:
+        match = _FRAME.match(line)
+        if match is None:
+            continue
+        file, number, function = match.groups()
         if file.endswith(_COLLECTIVES):
-            name = frame.f_code.co_name
+            name = function
         elif name is not None and not file.startswith("<") and not any(part in file for part in _LIBRARIES):
-            return f"{name} from {'/'.join(Path(file).parts[-2:])}:{frame.f_lineno}"[:200]
-        frame = frame.f_back
+            return f"{name} from {'/'.join(Path(file).parts[-2:])}:{number}"[:200]
     return name

@@ -94,3 +94,24 @@ def test_time_outside_collectives_is_a_rank_s_own(tmp_path):
     heart = Heartbeat(tmp_path, 0)
     heart._window.extend([(10, 5.0), (20, 9.0)])
     assert heart._own_seconds() == pytest.approx(0.4)
+
+
+DUMP = """Thread 0x00007f0000000003 (most recent call first):
+  File "/env/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 9 in barrier
+  File "/code/train/checkpoint/saver.py", line 5 in wait
+
+Thread 0x00007f0000000001 (most recent call first):
+  File "/env/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 3012 in all_reduce
+  File "/env/lib/python3.11/site-packages/torch/distributed/c10d_logger.py", line 83 in wrapper
+  File "/env/lib/python3.11/site-packages/deepspeed/comm/comm.py", line 513 in all_reduce
+  File "/code/train/engine.py", line 120 in step
+"""
+
+
+@pytest.mark.unit
+def test_the_main_thread_s_collective_counts_first():
+    assert heartbeat.collective_in(DUMP, "0x00007f0000000001") == "all_reduce from train/engine.py:120"
+    assert heartbeat.collective_in(DUMP, "0x00007f0000000003") == "barrier from checkpoint/saver.py:5"
+    assert (
+        heartbeat.collective_in("Current thread 0x01 (most recent call first):\n  <no Python frame>\n", "0x01") is None
+    )
