@@ -144,8 +144,13 @@ def _speed(found: Mapping[str, Any]) -> float:
     return float(min(found["all_reduce_gbit"], found["all_to_all_gbit"]))
 
 
-def _typical(links: Mapping[Any, Mapping[str, Any]]) -> float:
-    return statistics.median([_speed(found) for found in links.values() if "error" not in found] or [0.0])
+def _typical(links: Mapping[tuple[str, str], Mapping[str, Any]]) -> float:
+    """The median over nodes of each one's best link: in a small fleet one bad node slows most of all links."""
+    best: dict[str, float] = {}
+    for pair, found in links.items():
+        for name in pair if "error" not in found else ():
+            best[name] = max(_speed(found), best.get(name, 0.0))
+    return statistics.median(best.values() or [0.0])
 
 
 def _median(nodes: Mapping[str, Mapping[str, Any]], key: str) -> float:

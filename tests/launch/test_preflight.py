@@ -1,0 +1,57 @@
+"""The preflight's plan and verdict, from measured values."""
+
+from itertools import combinations
+
+import pytest
+
+from launch.preflight import judge, rounds
+
+pytestmark = pytest.mark.unit
+
+GOOD = {"matmul_gflops": 60.0, "copy_gb_per_second": 18.0, "disk_mb_per_second": 900.0, "free_gb": 70.0, "health": []}
+
+
+def links(names: str, slow: set[str]) -> dict[tuple[str, str], dict[str, float]]:
+    """Links between one-letter nodes; `slow` holds pairs such as `ab`."""
+    rates = {pair: 0.05 if "".join(pair) in slow else 5.0 for pair in combinations(names, 2)}
+    return {pair: {"all_reduce_gbit": rate, "all_to_all_gbit": rate} for pair, rate in rates.items()}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_every_pair_meets_once_and_nobody_twice_a_round(count):
+    names = [f"n{number}" for number in range(count)]
+    plan = rounds(names)
+    assert sorted(tuple(sorted(pair)) for pairs in plan for pair in pairs) == sorted(combinations(names, 2))
+    for pairs in plan:
+        met = [name for pair in pairs for name in pair]
+        assert len(met) == len(set(met))
+
+
+@pytest.mark.parametrize(
+    "names, slow, bad, at_fault",
+    [
+        ("abcd", set(), [], 0),
+        ("abc", {"ac", "bc"}, ["c"], 0),
+        ("abcd", {"ad", "bd", "cd"}, ["d"], 0),
+        ("abcd", {"ab"}, [], 1),
+    ],
+)
+def test_a_slow_node_is_told_from_a_slow_link(names, slow, bad, at_fault):
+    verdict = judge({name: dict(GOOD) for name in names}, links(names, slow))
+    assert list(verdict.bad) == bad
+    assert len(verdict.links_at_fault) == at_fault
+
+
+def test_a_node_below_the_median_without_space_or_ill_is_bad():
+    nodes = {name: dict(GOOD) for name in "abcde"}
+    nodes["b"]["matmul_gflops"] = 30.0
+    nodes["c"]["free_gb"] = 0.2
+    nodes["d"]["health"] = ["accelerator 3: 2 uncorrected memory errors"]
+    nodes["e"] = {"error": "OSError: [Errno 30] Read-only file system"}
+    verdict = judge(nodes, {})
+    assert verdict.bad == {
+        "b": ["matmul 30 GFLOP/s, the fleet's median is 60"],
+        "c": ["only 0.2 GB free under run_dir"],
+        "d": ["accelerator 3: 2 uncorrected memory errors"],
+        "e": ["OSError: [Errno 30] Read-only file system"],
+    }
