@@ -19,8 +19,8 @@ import torch
 from data_prep.dataset import Dataset
 from data_prep.order import mix
 from train.checkpoint.model import Trained, load_trained
-from train.forms import Form
-from train.scoring import Question, score, score_alone
+from train.generation.forms import Form
+from train.generation.scoring import Question, score, score_alone
 
 TARGET = Path(__file__).with_suffix(".md")
 CHOICES = 4

@@ -21,12 +21,12 @@ from data_prep.clean import clean_text
 from data_prep.errors import ConfigError, DataError
 from data_prep.files import write_bytes, write_json
 from train import backend
-from train.blanks import fill_all
 from train.checkpoint.model import Trained, load_trained
+from train.generation.blanks import fill_all
+from train.generation.picking import Decoding
+from train.generation.streaming import MASKS, Stream
 from train.mesh import Mesh
 from train.model.quantised import check_quantise
-from train.picking import Decoding
-from train.streaming import MASKS, Stream
 
 
 @dataclass

@@ -3,7 +3,8 @@
     python -m train.lm_eval_adapter checkpoint=RUN tasks='[arc_easy,my_task]' include=DIR output=result.json
 
 A request's continuation is scored behind its context and a [gMASK] (a causal model's behind the context itself), many
-at once as in `train.scoring`; contexts too long for the model lose their beginning. `include`: a folder of task files.
+at once as in `train.generation.scoring`; contexts too long for the model lose their beginning. `include`: a folder of
+task files.
 """
 
 import sys
@@ -18,11 +19,11 @@ from data_prep.clean import clean_text
 from data_prep.errors import ConfigError
 from data_prep.files import write_json
 from train import backend
-from train.blanks import fill_all
 from train.checkpoint.model import Trained, load_trained
-from train.forms import Form
-from train.picking import Decoding
-from train.scoring import Question, score
+from train.generation.blanks import fill_all
+from train.generation.forms import Form
+from train.generation.picking import Decoding
+from train.generation.scoring import Question, score
 
 try:
     from lm_eval.api.model import LM

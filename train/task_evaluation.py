@@ -6,7 +6,7 @@ from data_prep.tokenizer import Tokenizer
 from train.collective import gather, together
 from train.config import Config
 from train.engine import Engine
-from train.scoring import Score
+from train.generation.scoring import Score
 from train.tasks import read_tasks, results, run_task
 
 

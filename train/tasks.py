@@ -19,10 +19,10 @@ from data_prep.clean import clean_text
 from data_prep.errors import ConfigError, DataError
 from data_prep.tokenizer import Tokenizer
 from train.config import ModelConfig
-from train.forms import Form
+from train.generation.forms import Form
+from train.generation.scoring import Question, Score, check, score
+from train.generation.streaming import MASKS
 from train.model.build import Model
-from train.scoring import Question, Score, check, score
-from train.streaming import MASKS
 
 WAYS = {"mask": "[MASK]", "gmask": "[gMASK]"}
 """How a text without a mask is scored."""

@@ -28,8 +28,8 @@ from train.checkpoint.select import find
 from train.collective import any_rank, gather, on_rank_zero, together
 from train.config import Config
 from train.engine import Engine, StepNumbers, StepResult
-from train.fills import fill_blanks
 from train.fragments import adam_steps
+from train.generation.fills import fill_blanks
 from train.heartbeat import Heartbeat
 from train.loading import open_loader, sampler
 from train.mesh import Mesh

@@ -27,10 +27,10 @@ from tests.train.convert_helpers import (
     weights_of,
     write_checkpoint,
 )
-from train.blanks import fill
 from train.checkpoint.model import load_trained
+from train.generation.blanks import fill
+from train.generation.picking import Decoding
 from train.labels import inputs
-from train.picking import Decoding
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")

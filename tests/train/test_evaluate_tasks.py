@@ -13,12 +13,12 @@ from data_prep.errors import EXIT_CONFIG, EXIT_DATA
 from data_prep.tokenizer import Tokenizer
 from tests.train.variants import VARIANTS, untrained
 from train import evaluate
-from train.blanks import fill
 from train.evaluate import EvaluateConfig
-from train.forms import Form
+from train.generation.blanks import fill
+from train.generation.forms import Form
+from train.generation.picking import Decoding
+from train.generation.scoring import Question, Score, score, score_alone
 from train.model.build import Model
-from train.picking import Decoding
-from train.scoring import Question, Score, score, score_alone
 from train.tasks import Item, Task, results, run_task
 
 pytestmark = pytest.mark.unit

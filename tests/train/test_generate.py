@@ -16,15 +16,15 @@ from data_prep.dataset import Dataset
 from data_prep.errors import EXIT_CONFIG, EXIT_DATA, ConfigError
 from data_prep.samples import Sampler
 from train import generate
-from train.blanks import fill
 from train.checkpoint.model import Trained, load_trained
 from train.config import Config, ModelConfig
 from train.generate import GenerateConfig, complete
+from train.generation.blanks import fill
+from train.generation.picking import Decoding
+from train.generation.scoring import log_probability
 from train.labels import inputs
 from train.mesh import Mesh
 from train.model.build import Model
-from train.picking import Decoding
-from train.scoring import log_probability
 
 pytestmark = pytest.mark.unit
 

@@ -12,13 +12,13 @@ from data_prep.tokenizer import Tokenizer
 from tests.train.parity import in_ranks
 from tests.train.variants import VARIANTS, untrained
 from train import backend
-from train.beams import search
-from train.blanks import fill, fill_all
-from train.decoder import Decoder
-from train.forms import Form
+from train.generation.beams import search
+from train.generation.blanks import fill, fill_all
+from train.generation.decoder import Decoder
+from train.generation.forms import Form
+from train.generation.picking import Decoding, pick
+from train.generation.scoring import log_probability
 from train.model.build import Model
-from train.picking import Decoding, pick
-from train.scoring import log_probability
 
 pytestmark = pytest.mark.unit
 TEXTS = ("今天天气[MASK]，我们去[MASK]公园。", "The old man[gMASK]", "他说：[sMASK]然后[MASK]走了。[gMASK]", "[gMASK]")

@@ -9,10 +9,10 @@ import torch
 from data_prep.dataset import Stream
 from data_prep.order import mix
 from data_prep.samples import Sampler
-from train.blanks import fill
 from train.checkpoint.model import Trained, load_trained
-from train.picking import Decoding
-from train.scoring import log_probability
+from train.generation.blanks import fill
+from train.generation.picking import Decoding
+from train.generation.scoring import log_probability
 
 CONTEXT_TOKENS = 48
 """Text on either side of a blank."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from data_prep.tokenizer import Tokenizer
-from train.decoder import Decoder
-from train.forms import Form, Opening
+from train.generation.decoder import Decoder
+from train.generation.forms import Form, Opening
+from train.generation.picking import Decoding, allow
 from train.model.build import Model
-from train.picking import Decoding, allow
 
 OnToken = Callable[[int, int, list[int], bool], None]
 """Called with (text, blank, its tokens so far, whether it is done) after each token."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data_prep.errors import DataError
 from data_prep.tokenizer import Tokenizer
-from train.forms import Form, Opening
+from train.generation.forms import Form, Opening
+from train.generation.picking import allow
 from train.model.build import Model
 from train.model.cache import KeyValueCache
-from train.picking import allow
 
 PASS_SLOTS = {"cpu": 4096}
 """Slots of one pass by device type: bounds its memory, and on a CPU keeps it in the caches."""

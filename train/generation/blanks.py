@@ -4,7 +4,7 @@ The context with its masks comes first and sees all of itself. Each blank is the
 position, one token at a time, until eop (behind a [gMASK] eod too) or the length limit. Later blanks see earlier ones.
 A causal model has no masks: its text goes on at a [gMASK] at the end.
 
-Several texts of different lengths run side by side over one key-value cache (`train.decoder`).
+Several texts of different lengths run side by side over one key-value cache (`train.generation.decoder`).
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 
 from data_prep.tokenizer import Tokenizer
-from train.beams import OnToken, search
-from train.decoder import Decoder
-from train.forms import Form
+from train.generation.beams import OnToken, search
+from train.generation.decoder import Decoder
+from train.generation.forms import Form
+from train.generation.picking import Decoding, allow, pick
 from train.model.build import Model
-from train.picking import Decoding, allow, pick
 
 
 def fill(model: Model, tokenizer: Tokenizer, context: Sequence[int], decoding: Decoding) -> list[list[int]]:
