@@ -103,7 +103,8 @@ def _prepared(folder: Path, sources: list[Any], trained: Trained) -> Dataset:
         with Console().status("clean and tokenise"):
             prepare(settled)
     except DataError as error:
-        reasons = _reasons(folder / "rejected")
+        # Joined where a later stage ended it, still by piece of work where the cleaning left nothing.
+        reasons = _reasons(folder, "rejected/*.jsonl.gz") or _reasons(folder, ".work/clean/*/rejected.jsonl.gz")
         if "no document is left" not in str(error) or not reasons:
             raise
         # The message points into a folder that is about to go.
@@ -161,9 +162,9 @@ def _rejected(dataset: Dataset) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _reasons(folder: Path) -> Counter[str]:
+def _reasons(folder: Path, pattern: str) -> Counter[str]:
     found: Counter[str] = Counter()
-    for path in sorted(folder.glob("*.jsonl.gz")):
+    for path in sorted(folder.glob(pattern)):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             found.update(json.loads(line)["reason"] for line in lines)
     return found

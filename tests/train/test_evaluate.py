@@ -188,8 +188,8 @@ def test_files_are_cleaned_tokenised_and_evaluated_whole(trained, held_out, tiny
 def test_without_the_training_data_the_baseline_says_where_it_comes_from(
     trained, held_out, tiny_dataset, tmp_path, monkeypatch
 ):
-    def moved(path: str, device: torch.device) -> Trained:
-        again = load_trained(path, device)
+    def moved(path: str, device: torch.device, **settings: Any) -> Trained:
+        again = load_trained(path, device, **settings)
         again.config.data.path = str(tmp_path / "moved away")
         return again
 

@@ -98,13 +98,13 @@ def test_a_killed_run_repeats_itself_bit_for_bit(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kills", "steps"), [(2, STEPS), pytest.param(10, 80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 10), pytest.param(10, 80, marks=pytest.mark.slow)])
 def test_kills_during_saves_lose_nothing(
     kills: int, steps: int, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
     """A save each step, so that every moment is one of a save; one rank is killed, or all with their launcher."""
     generator, run_dir, whole = random.Random(), tmp_path / "run", tmp_path / "whole"
-    overrides = [*overrides, f"max_steps={steps}"]
+    overrides = [*overrides, f"max_steps={steps}", "stability.telemetry=false"]
     command("train", *overrides, f"run_dir={whole}", "saving.every_steps=0")
     words = [*overrides, "cluster.processes=2", "saving.every_steps=1", "logging.every_steps=1"]
     for kill in range(kills):
@@ -272,8 +272,8 @@ def test_a_diverging_run_says_where(
     assert done.returncode == 1
     assert f"step 1: {place}" in done.stderr
     assert "Traceback" not in done.stderr
-    events = (tmp_path / "run" / "events.jsonl").read_text()
-    assert json.loads(events)["kind"] == "non_finite"
+    events = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert json.loads(events[-1])["kind"] == "non_finite"
     assert checkpoint_steps(tmp_path / "run") == []
 
 
