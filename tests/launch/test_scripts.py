@@ -80,6 +80,7 @@ def test_a_dry_run_shows_the_script_and_starts_nothing(capsys, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_script_runs_on_two_nodes_saves_before_the_time_limit_and_is_queued_again(tmp_path):
     run_dir, tools = tmp_path / "run", tmp_path / "tools"
     tools.mkdir()

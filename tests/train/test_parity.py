@@ -54,8 +54,17 @@ def deviation(curve: Curve, baseline: Curve) -> tuple[float, float]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_every_layout_follows_the_plain_loop(world: int, baseline: tuple[list[str], Curve]) -> None:
-    overrides, expected = baseline
-    layouts = LAYOUTS[world] + (WITH_DROPOUT[world] if overrides else [])
+    follow(LAYOUTS[world], world, *baseline)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_shares_and_recomputation_follow_the_plain_loop_with_dropout(world: int) -> None:
+    follow(WITH_DROPOUT[world], world, DROPOUT, plain_curve(DROPOUT, STEPS))
+
+
+def follow(layouts: list[list[str]], world: int, overrides: list[str], expected: Curve) -> None:
+    """Run the layouts in `world` ranks and hold each to the plain loop's curve."""
     found = curves(world, [[*layout, *overrides] for layout in layouts], STEPS)
     for layout, curve in zip(layouts, found, strict=True):
         loss, norm = deviation(curve, expected)
@@ -91,7 +100,13 @@ VARIANTS: dict[str, list[str]] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("tensor", [[TENSOR], SHARES], ids=["whole_sequence", "shares_of_the_sequence"])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param([TENSOR], id="whole_sequence", marks=pytest.mark.slow),
+        pytest.param(SHARES, id="shares_of_the_sequence"),
+    ],
+)
 def test_every_variant_follows_the_plain_loop(tensor: list[str]) -> None:
     steps = 4
     found = curves(4, [[*tensor, PIPELINE, *variant] for variant in VARIANTS.values()], steps)
