@@ -5,7 +5,6 @@ master weights and fp32 gradient accumulation) through its own engine; peers are
 """
 
 import contextlib
-import importlib.metadata
 import math
 import statistics
 import time
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_prep.batch import Batch, group_of
+from kernels.bench import copy_ceiling, event_times, matmul_ceiling
 from train import backend
 from train.arithmetic import flops_per_token
 from train.cli import compose_train
@@ -111,28 +111,22 @@ def work(options: Namespace) -> dict[str, Any]:
 
 def timed(function: Callable[[], Tensor], gpu: bool) -> tuple[float, Tensor]:
     """Seconds of one call on the device, or by the clock without one."""
-    if not gpu:
-        clock = time.perf_counter()
-        result = function()
-        return time.perf_counter() - clock, result
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    result = function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3, result
+    results: list[Tensor] = []
+    if gpu:
+        return event_times(lambda: results.append(function()), 1, 0)[0] / 1e3, results[0]
+    clock = time.perf_counter()
+    results.append(function())
+    return time.perf_counter() - clock, results[0]
 
 
 def measure_ceilings() -> dict[str, float]:
-    """What this card reaches now: 8192³ bf16 product in TFLOP/s, device copy in GB/s (read + written)."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    target = torch.empty_like(a)
-    product = statistics.median(timed(lambda: a @ b, True)[0] for _ in range(20))
-    copy = statistics.median(timed(lambda: target.copy_(a), True)[0] for _ in range(20))
-    return {
-        "matmul_tflops": round(2 * 8192**3 / product / 1e12, 1),
-        "copy_gb_per_s": round(2 * a.numel() * a.element_size() / copy / 1e9, 1),
+    """What this card reaches now."""
+    found = {
+        "matmul_tflops": round(matmul_ceiling() / 1e12, 1),
+        "copy_gb_per_s": round(copy_ceiling() / 1e9, 1),
     }
+    torch.cuda.empty_cache()
+    return found
 
 
 # ---- this project ----
@@ -346,14 +340,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def version_of(name: str) -> str | None:
-    """The installed version of a package, None where it is missing."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # ---- where the time goes ----

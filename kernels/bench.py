@@ -84,9 +84,10 @@ def captured(function: Callable[[], object], inner: int = 2) -> Callable[[], obj
     return graph.replay
 
 
-def event_times(function: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each of `repeats` calls, between device events, after one that is not counted."""
-    function()
+def event_times(function: Callable[[], object], repeats: int, warmup: int = 1) -> list[float]:
+    """Milliseconds of each of `repeats` calls, between device events, after `warmup` that are not counted."""
+    for _ in range(warmup):
+        function()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -15,6 +15,8 @@ Shapes: q [batch, queries, heads, dim] · k, v [batch, keys, kv_heads, dim], hea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +55,34 @@ def check(
     if (dropout := active(dropout)) is not None:
         require_shape(op, "dropout.sample_index", dropout.sample_index, (batch,))
         require_device(op, q.device, **{"dropout.sample_index": dropout.sample_index})
+
+
+class _UnpackHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape = packed.shape
+        return packed.unbind(3)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        whole = grads[0]._base
+        if whole is not None and whole.shape == ctx.shape and whole.is_contiguous():
+            parts = whole.unbind(3)
+            if all(
+                grad.data_ptr() == part.data_ptr() and grad.stride() == part.stride()
+                for grad, part in zip(grads, parts, strict=True)
+            ):
+                return whole
+        return torch.stack(grads, 3)
+
+
+def unpack_heads(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q, k, v [batch, positions, heads, dim] of packed [batch, positions, heads, 3, dim].
+
+    Gradients that lie together in one such tensor, as the Triton kernel's do, are that tensor: nothing is copied.
+    """
+    query, key, value = _UnpackHeads.apply(packed)
+    return query, key, value
 
 
 def interval_mask(attend_from: Tensor, attend_to: Tensor, num_keys: int) -> Tensor:

@@ -247,11 +247,14 @@ def _dkv_step(
 @triton.jit
 def _dkv_kernel(
     q_desc, k_desc, v_desc, do_desc, attend_from, attend_to, samples, dk, dv, lse, delta, plan,
-    heads, kv_heads, queries, keys, q_head, k_head, v_head, scale, unit, inner, key, first_head, keep_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
+    heads, kv_heads, queries, keys, q_head, k_head, v_head, d_row, d_head, scale, unit, inner, key, first_head,
+    keep_scale, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
     THRESHOLD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one key-value head, all its query heads. dout, dk and dv contiguous."""
+    """One block of keys of one key-value head, all its query heads. dout contiguous.
+
+    d_row, d_head: elements from one position of dk to the next, and from one head; dv alike.
+    """
     block = tl.program_id(0)
     batch = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads
@@ -295,7 +298,7 @@ def _dkv_kernel(
     column = start + tl.arange(0, BN)
     dims = tl.arange(0, D)
     valid = (column < keys)[:, None]
-    at = ((batch64 * keys + column[:, None]) * kv_heads + kv_head) * D + dims[None, :]
+    at = (batch64 * keys + column[:, None]) * d_row + kv_head * d_head + dims[None, :]
     tl.store(dk + at, (acc_k * scale).to(dk.dtype.element_ty), mask=valid)
     tl.store(dv + at, acc_v.to(dv.dtype.element_ty), mask=valid)
 
@@ -326,11 +329,11 @@ def _dq_step(
 @triton.jit
 def _dq_kernel(
     q_desc, k_desc, v_desc, do_desc, attend_from, attend_to, samples, dq, lse, delta, heads, group, queries, keys,
-    q_head, k_head, v_head, scale, unit, inner, key, first_head, keep_scale,
+    q_head, k_head, v_head, d_row, d_head, scale, unit, inner, key, first_head, keep_scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head, the loops of the forward. dout and dq contiguous."""
+    """One block of queries of one head, the loops of the forward. dout contiguous; d_row, d_head: steps of dq."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -364,5 +367,5 @@ def _dq_kernel(
             queries, keys, unit, inner, key, sample, first_head + head, keep_scale,
             BN, True, SOFTCAP, THRESHOLD, ALIGNED,
         )  # fmt: skip
-    at = ((batch64 * queries + rows[:, None]) * heads + head) * D + tl.arange(0, D)[None, :]
+    at = (batch64 * queries + rows[:, None]) * d_row + head * d_head + tl.arange(0, D)[None, :]
     tl.store(dq + at, (acc * scale).to(dq.dtype.element_ty), mask=valid[:, None])

@@ -135,19 +135,20 @@ def _(q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head,
     )
 
 
-@torch.library.custom_op("tiankong::interval_attention_backward", mutates_args=())
+@torch.library.custom_op("tiankong::interval_attention_backward", mutates_args=("dq", "dk", "dv"))
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, attend_from: Tensor, attend_to: Tensor, samples: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, attend_from: Tensor, attend_to: Tensor, samples: Tensor | None,
     out: Tensor, lse: Tensor,
     scale: float, softcap: float, key: int, first_head: int, probability: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
+    """Writes the gradients: dk and dv with the same steps, positions of a batch in one run."""
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     tiles = tiles_for(dim, q.dtype)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if not q.numel() or not k.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return
     delta = torch.empty_like(lse)
     rows = batch * queries * heads
     _delta_kernel[(triton.cdiv(rows, 32),)](out, dout, delta, rows, heads, queries, D=dim, BR=32, num_warps=4)
@@ -164,7 +165,7 @@ def _backward(
         _descriptor(q, tile.queries), _descriptor(k, tile.keys), _descriptor(v, tile.keys),
         _descriptor(dout, tile.queries), attend_from, attend_to, samples, dk, dv,
         lse, delta, plan, heads, kv_heads, queries, keys,
-        *strides, scale, *units, *randomness,
+        *strides, dk.stride(1), dk.stride(2), scale, *units, *randomness,
         GROUP=heads // kv_heads, **_switches(q, keys, tile, softcap, probability),
     )  # fmt: skip
     tile = tiles.dq
@@ -172,14 +173,21 @@ def _backward(
         _descriptor(q, tile.queries), _descriptor(k, tile.keys), _descriptor(v, tile.keys),
         _descriptor(dout, tile.queries),
         attend_from, attend_to, samples, dq, lse, delta, heads, heads // kv_heads, queries, keys,
-        *strides, scale, *units, *randomness, **_switches(q, keys, tile, softcap, probability),
+        *strides, dq.stride(1), dq.stride(2), scale, *units, *randomness,
+        **_switches(q, keys, tile, softcap, probability),
     )  # fmt: skip
-    return dq, dk, dv
 
 
 @_backward.register_fake
-def _(dout, q, k, v, *others):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+def _(dq, dk, dv, *others):
+    return None
+
+
+def _room(q, k, v):
+    """Where dq, dk and dv go: into one tensor where q, k and v lie together in one, for `unpack_heads`."""
+    if q.shape == k.shape and all(t.stride(2) == 3 * t.shape[3] for t in (q, k, v)):
+        return q.new_empty(*q.shape[:3], 3, q.shape[3]).unbind(3)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output):
@@ -191,7 +199,8 @@ def _setup(ctx, inputs, output):
 
 
 def _derivative(ctx, dout, _lse, _tops):
-    dq, dk, dv = _backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options)
+    dq, dk, dv = _room(*ctx.saved_tensors[:3])
+    _backward(dq, dk, dv, dout.contiguous(), *ctx.saved_tensors, *ctx.options)
     return dq, dk, dv, *(None,) * 9
 
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.linear import main_grad, product32
 from kernels.linear_cross_entropy import check, sums_by_group
 
 CHUNK_BYTES = 1200 * 2**20
@@ -89,16 +90,6 @@ def _gradient_kernel(
         tl.store(out + row * out_stride + start + column, grad.to(out.dtype.element_ty), mask=mask)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in float32, added to `out` where given (in place)."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
-        if out is None:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-    result = a.float() @ b.float()
-    return result if out is None else out.add_(result)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """(hidden, weight) → (loss, z_loss, row losses), the gradients made on the way."""
 
@@ -132,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcapped = {"SOFTCAP": softcap != 0.0, "BLOCK": BLOCK, "num_warps": WARPS}
         for rows in (slice(first, min(first + step, tokens)) for first in range(0, tokens, step)):
             part = hidden[rows]
-            logits = _product(part, weight.t())
+            logits = product32(part, weight.t())
             count = part.shape[0]
             top, sums = weights.new_empty(count), weights.new_empty(2, count)
             _statistics_kernel[(count,)](
@@ -153,9 +144,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.stride(0), d_logits.stride(0), softcap or 1.0, **softcapped,
             )  # fmt: skip
             if d_hidden is not None:
-                d_hidden[rows] = _product(d_logits, weight)
+                d_hidden[rows] = product32(d_logits, weight)
             if needs_weight:
-                d_weight = _product(d_logits.t(), part, d_weight)
+                d_weight = product32(d_logits.t(), part, d_weight)
             del logits, d_logits
         loss = (row_loss.double() * weights.double()).masked_fill_(weights <= 0, 0.0).sum().float()
         z = loss.new_zeros(())
@@ -165,6 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         ctx.save_for_backward(d_hidden, d_weight, boost)
         ctx.options = (tp_group, z_loss, weight_shrink, hidden.dtype, weight.dtype)
+        ctx.total = main_grad(weight)
         ctx.mark_non_differentiable(row_loss)
         return loss, z, row_loss
 
@@ -180,7 +172,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if tp_group is not None:
                 dist.all_reduce(d_hidden, group=tp_group)
             d_hidden = d_hidden.to(hidden_dtype)
-        if d_weight is not None:
+        if d_weight is not None and ctx.total is not None:
+            torch.addcmul(ctx.total, d_weight, factor * weight_shrink, out=ctx.total)
+            d_weight = None
+        elif d_weight is not None:
             out = torch.empty(d_weight.shape, dtype=weight_dtype, device=d_weight.device)
             d_weight = torch.mul(d_weight, factor * weight_shrink, out=out)
         return d_hidden, d_weight, None, None, None, None, None, None, None

@@ -1,7 +1,6 @@
 """What a node says of itself before it may train: versions, code, interfaces, accelerators, folders, its clock."""
 
 import hashlib
-import importlib.metadata
 import platform
 import shutil
 import socket
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from data_prep.versions import installed
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "data_prep", "kernels", "launch", "train")
@@ -48,13 +49,7 @@ def nonce_name(nonce: str) -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that all nodes must share."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    return dict.fromkeys(PACKAGES, "missing") | installed(PACKAGES)
 
 
 def code_digest() -> str:

@@ -28,6 +28,7 @@ from torch import nn
 
 from data_prep.errors import ConfigError
 from train.config import Config
+from train.main_grads import attach
 from train.mesh import Mesh
 from train.model.build import DTYPES, Model
 from train.model.layers import PostNormLayer, PreNormLayer
@@ -163,6 +164,7 @@ def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[A
             mpu=mesh.grid,
             dist_init_required=False,
         )
+    attach(engine.optimizer)
     return engine, model
 
 
@@ -177,6 +179,7 @@ def make_pipeline_engine(config: Config, mesh: Mesh, optimizer_for: Any, loss_of
             config=_settings(config, mesh, model),
             dist_init_required=False,
         )
+    attach(engine.optimizer)
     return engine, model
 
 

@@ -1,7 +1,7 @@
 """What one rank holds on its device while it trains, by kind, from the config alone. Free of torch, like arithmetic.py.
 
 State is counted as DeepSpeed's optimizers hold it, which is not always the textbook's sixteen bytes a parameter: bf16
-with ZeRO 1 keeps each gradient twice, in bf16 and accumulated in fp32, and ZeRO keeps fp32 masters of fp32 weights too.
+with ZeRO 1 sums gradients in fp32 (`train/main_grads.py`), and ZeRO keeps fp32 masters of fp32 weights too.
 Activations are what the fused kernels' autograd functions save (`kernels/*_triton.py`); tests hold both against tensors
 of real engines.
 
@@ -35,7 +35,7 @@ class StateBytes:
 
     weights: float
     gradients: float
-    """While micro-batches accumulate, the bf16 copy beside the fp32 sum included."""
+    """While micro-batches accumulate."""
     master: float
     """fp32 copy of the weights."""
     adam: float
@@ -58,10 +58,7 @@ def state_bytes(parameters: float, dtype: str, zero_stage: int, data_parallel: f
     size = WEIGHT_BYTES[dtype]
     shares = [parameters / (data_parallel if zero_stage >= stage else 1) for stage in (1, 2, 3)]
     gradient = 4 if dtype == "bf16" else size
-    doubled = dtype == "bf16" and zero_stage == 1
-    if doubled:
-        gradient += size
-    if doubled or zero_stage == 0:
+    if zero_stage == 0 or _sums_in_place(dtype, zero_stage):
         update = shares[1] * gradient
     elif dtype == "bf16" and zero_stage == 2:
         update = shares[0] * gradient  # accumulated in fp32 already, so there is nothing to copy
@@ -74,6 +71,11 @@ def state_bytes(parameters: float, dtype: str, zero_stage: int, data_parallel: f
         adam=shares[0] * 8,
         update=update,
     )
+
+
+def _sums_in_place(dtype: str, zero_stage: int) -> bool:
+    """Whether products add weight gradients into fp32 sums themselves, as under DeepSpeed's bf16 optimizer."""
+    return dtype == "bf16" and zero_stage == 1
 
 
 def layer_saved_bytes(config: Config, recompute: str) -> float:
@@ -243,7 +245,8 @@ def _head_bytes(config: Config, size: int, target_share: float) -> float:
     vocabulary = model.padded_vocab_size / tensor
     chunk = min(4 * rows * vocabulary, LOGITS_BYTES)
     table = vocabulary * model.hidden_size
-    return chunk + (4 + size) * table + rows * model.hidden_size * (4 + size)
+    made = 4 if _sums_in_place(config.precision.dtype, config.parallel.zero_stage) else 4 + size
+    return chunk + made * table + rows * model.hidden_size * (4 + size)
 
 
 def _bucket_bytes(config: Config, held: float, size: int) -> float:
@@ -251,7 +254,7 @@ def _bucket_bytes(config: Config, held: float, size: int) -> float:
     if parallel.zero_stage == 0:
         return 0.0
     bucket = min(parallel.reduce_bucket_elements, held)
-    if parallel.zero_stage == 1 and dtype == "bf16":
+    if _sums_in_place(dtype, parallel.zero_stage):
         return 4.0 * bucket  # a flat copy of the fp32 sums
     buckets = (2 if parallel.overlap_communication else 1) * bucket * size
     if parallel.zero_stage < 3:

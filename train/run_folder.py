@@ -12,7 +12,6 @@ Only rank 0 opens it. Every line is written whole in one call, so that a killed 
 it is moved aside by the next attempt.
 """
 
-import importlib.metadata
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from typing import Any
 
 from data_prep.errors import ConfigError, DataError
 from data_prep.files import sync_folder, write_bytes, write_error, write_json
+from data_prep.versions import installed
 from train.run_lock import RunLock
 
 LOGS = ("metrics", "validation", "tasks", "events")
@@ -108,7 +108,7 @@ class RunFolder:
             **facts,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "packages": _versions(),
+            "packages": installed(_PACKAGES),
             "git": git_revision(),
             "earlier": earlier,
         }
@@ -306,16 +306,6 @@ def cpu_name() -> str:
 def _git(folder: Path, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.strip()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _next_attempt(path: Path) -> int:

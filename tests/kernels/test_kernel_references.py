@@ -10,7 +10,8 @@ from kernel_formulas import as64, error_ratio, leaf
 from kernels.bias_activation import KINDS as ACTIVATIONS
 from kernels.bias_activation import bias_activation
 from kernels.embedding import embedding
-from kernels.interval_attention import interval_attention, sdpa_attention, unfused_attention
+from kernels.interval_attention import interval_attention, sdpa_attention, unfused_attention, unpack_heads
+from kernels.linear import linear
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.random import Dropout, dropout_key, keep_attention, keep_hidden
 from kernels.residual_norm import residual_norm
@@ -290,3 +291,42 @@ ROTARY = {"period": 2, "passthrough": 1, "rotary_dim": 4, "mode": "1d"}
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_unpacked_heads_pass_any_gradient_back():
+    packed = leaf(2, 5, 3, 3, 4, seed=1)
+    query, key, value = unpack_heads(packed)
+    grads = [leaf(2, 5, 3, 4, seed=seed).detach() for seed in (2, 3, 4)]
+    (found,) = torch.autograd.grad([query, key, value], packed, grads)
+    assert torch.equal(found, torch.stack(grads, 3))
+    together = torch.stack(grads, 3)
+    (found,) = torch.autograd.grad([*unpack_heads(packed)], packed, list(together.unbind(3)))
+    assert found.data_ptr() == together.data_ptr()
+    shuffled = [together[:, :, :, part] for part in (1, 0, 2)]  # of one tensor, but not in its order
+    (found,) = torch.autograd.grad([*unpack_heads(packed)], packed, shuffled)
+    assert torch.equal(found, torch.stack(shuffled, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_summed_in_float32(dtype):
+    x, weight = leaf(3, 50, 8, seed=1, dtype=dtype), leaf(6, 8, seed=2, dtype=dtype)
+    dout = leaf(3, 50, 6, seed=3, dtype=dtype).detach()
+    (dx, dweight) = torch.autograd.grad(linear(x, weight), [x, weight], dout)
+    exact = dout.flatten(0, 1).double().t() @ x.detach().flatten(0, 1).double()
+    weight.main_grad = torch.full(weight.shape, 2.0)
+    linear(x, weight).backward(dout)
+    linear(x, weight).backward(dout)
+    assert weight.grad is None
+    assert torch.equal(x.grad, 2 * dx)
+    assert error_ratio((weight.main_grad - 2.0) / 2, exact) < 1e-6
+    assert error_ratio(dweight, exact) < TOLERANCE[dtype]
+
+
+def test_a_summed_table_takes_the_looked_up_rows_only():
+    table, tokens = leaf(9, 4, seed=1, dtype=torch.float32), torch.tensor([[3, 3, 0], [8, 3, 5]])
+    dout = leaf(2, 3, 4, seed=2, dtype=torch.float32).detach()
+    (expected,) = torch.autograd.grad(embedding(tokens, table, shrink=0.1, vocab_start=0), table, dout)
+    table.main_grad = torch.ones(9, 4)
+    embedding(tokens, table, shrink=0.1, vocab_start=0).backward(dout)
+    assert table.grad is None
+    torch.testing.assert_close(table.main_grad - 1.0, expected)

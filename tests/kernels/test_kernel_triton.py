@@ -38,6 +38,7 @@ else:
     from kernels.bias_activation import KINDS as ACTIVATIONS
     from kernels.bias_activation_triton import bias_activation
     from kernels.interval_attention import interval_attention as attention_reference
+    from kernels.interval_attention import unpack_heads
     from kernels.random import Dropout, dropout_key, keep_attention, keep_hidden
     from kernels.rotary_triton import rotary
     from kernels.shared_triton import words_of
@@ -157,6 +158,17 @@ else:
         wanted = attention_reference(*inputs, start, stop, scale=0.35, want_max_logit=True)[2]
         torch.testing.assert_close(top, wanted, atol=1e-5, rtol=1e-5)
 
+    def test_attention_gradients_of_packed_heads_lie_in_one_tensor():
+        packed = tensor(2, 20, 2, 3, 16, seed=7)
+        start, stop = (t.to(DEVICE) for t in intervals("prefix", 2, 20, 20))
+        heads = unpack_heads(packed)
+        out = attention.interval_attention(*heads, start, stop, scale=0.35)[0]
+        wide = as64(packed)
+        expected = formulas.interval_attention(*wide.unbind(3), start, stop, scale=0.35, keep=None)[0]
+        gradients_agree([out], [packed], [expected], [wide], 1e-5)
+        parts = torch.autograd.grad(attention.interval_attention(*heads, start, stop, scale=0.35)[0].sum(), heads)
+        assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("z_loss,softcap,shrink", [(0.0, 0.0, 1.0), (1e-2, 0.0, 0.25), (1e-2, 3.0, 1.0)])
     @pytest.mark.parametrize("chunk", [1 << 20, 4 * 37 * 4])
@@ -181,6 +193,14 @@ else:
         wants = torch.autograd.grad(1000.0 * (want_loss + want_z), wide)
         assert error_ratio(grads[0], wants[0]) < TOLERANCE[dtype]
         assert error_ratio(grads[1], shrink * wants[1]) < TOLERANCE[dtype]
+        weight.main_grad = torch.ones(weight.shape, device=DEVICE)
+        summed = cross_entropy.linear_cross_entropy(
+            hidden, weight, targets.masked_fill(weights == 0, -1).to(DEVICE), weights.to(DEVICE),
+            z_loss=z_loss, softcap=softcap, weight_shrink=shrink,
+        )  # fmt: skip
+        (1000.0 * (summed[0] + summed[1])).backward()
+        assert weight.grad is None
+        assert error_ratio(weight.main_grad - 1.0, shrink * wants[1]) < max(TOLERANCE[dtype], 1e-4)
         with torch.no_grad():  # evaluation makes no gradients
             again = cross_entropy.linear_cross_entropy(
                 hidden, weight, targets.clamp(min=0).to(DEVICE), weights.to(DEVICE), z_loss=z_loss, softcap=softcap

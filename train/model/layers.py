@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.interval_attention import unpack_heads
 from kernels.random import Dropout, drop_hidden
 from train.model.context import Context, HeadNorm, Norm, State, intervals
 from train.model.parameters import Layout
@@ -112,8 +113,7 @@ class Attention(nn.Module):
         dim = self.context.head_dim
         (packed,) = self.context.column_parallel(x, self.qkv_weight)
         packed = self._turned(packed.unflatten(2, (-1, dim)), self.qkv_bias, positions, query=True, pair=True)
-        query, key, value = packed.unflatten(2, (self.heads, 3)).unbind(3)
-        return query, key, value
+        return unpack_heads(packed.unflatten(2, (self.heads, 3)))
 
     def _grouped(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mesh, dim = self.context.mesh, self.context.head_dim

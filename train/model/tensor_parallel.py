@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear import linear, main_grad, weight_gradient
+
 Weight = Tensor | nn.Module
 """A matrix, or what stands in for one when no gradient is wanted."""
 
@@ -29,6 +31,7 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, sequence: bool, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.sequence = group, sequence
+        ctx.totals = [main_grad(weight) for weight in weights]
         # The share is kept, not what was gathered.
         ctx.save_for_backward(x, *weights)
         whole = gather(x, group) if sequence else x
@@ -47,10 +50,9 @@ class _ColumnParallel(torch.autograd.Function):
         else:
             total = grad_x.contiguous()
             work = torch.distributed.all_reduce(total, group=ctx.group, async_op=True)
-        flat = whole.flatten(0, -2)
         # Frozen matrices ask for none.
-        wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
-        grad_weights = [grad.flatten(0, -2).t() @ flat if needed else None for grad, needed in wanted]
+        wanted = zip(grads, ctx.totals, ctx.needs_input_grad[3:], strict=True)
+        grad_weights = [weight_gradient(whole, grad, into) if needed else None for grad, into, needed in wanted]
         work.wait()
         return total, None, None, *grad_weights
 
@@ -134,7 +136,7 @@ class LowRank(nn.Module):
 
 def product(x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] times a weight [out, in], or what stands in for one (`train.model.quantised`): [..., out]."""
-    result: Tensor = weight(x) if isinstance(weight, nn.Module) else F.linear(x, weight)
+    result: Tensor = weight(x) if isinstance(weight, nn.Module) else linear(x, weight)
     return result
 
 

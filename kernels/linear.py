@@ -1,0 +1,63 @@
+"""Linear products whose weight gradient is summed in float32 by the product that makes it.
+
+    y = x Wᵀ        dx = dy W        dW = dyᵀ x
+
+A weight may carry `main_grad`, a float32 tensor of its shape. Operations that find one add dW into it in their backward
+and return no gradient of W: over the micro-batches of a step nothing is written in half precision, cast and added, and
+nothing is rounded before the sum (Megatron-LM calls it gradient accumulation fusion). Who sets `main_grad` empties it
+between steps. Without it W gets its gradient as ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def main_grad(weight: Tensor) -> Tensor | None:
+    """The float32 sum that this weight's gradients go to, None where autograd keeps them."""
+    return getattr(weight, "main_grad", None)
+
+
+def product32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [m,k] @ b [k,n] in float32, added to `out` where given (in place)."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        if out is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+    result = a.float() @ b.float()
+    return result if out is None else out.add_(result)
+
+
+def weight_gradient(x: Tensor, dout: Tensor, total: Tensor | None) -> Tensor | None:
+    """doutᵀ x of x [..., in] and dout [..., out], in their dtype; with `total`, added to it, and None."""
+    rows, drows = x.flatten(0, -2), dout.flatten(0, -2)
+    if total is None:
+        return drows.t() @ rows
+    product32(drows.t(), rows, total)
+    return None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.total = main_grad(weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = dout @ weight if ctx.needs_input_grad[0] else None
+        return dx, weight_gradient(x, dout, ctx.total) if ctx.needs_input_grad[1] else None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] times weight [out, in]: [..., out]; the weight's gradient goes to its `main_grad` if it has one."""
+    if main_grad(weight) is None or not torch.is_grad_enabled():
+        return F.linear(x, weight)
+    result: Tensor = _Linear.apply(x, weight)
+    return result
