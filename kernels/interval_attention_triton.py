@@ -137,8 +137,8 @@ def _(q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head,
 
 @torch.library.custom_op("tiankong::interval_attention_backward", mutates_args=("dq", "dk", "dv"))
 def _backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, attend_from: Tensor, attend_to: Tensor, samples: Tensor | None,
-    out: Tensor, lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    attend_from: Tensor, attend_to: Tensor, samples: Tensor | None, out: Tensor, lse: Tensor,
     scale: float, softcap: float, key: int, first_head: int, probability: float,
 ) -> None:  # fmt: skip
     """Writes the gradients: dk and dv with the same steps, positions of a batch in one run."""
