@@ -202,10 +202,14 @@ class DataConfig:
 
 @dataclass
 class TokenizerConfig:
-    """A SentencePiece unigram tokenizer: trained on the train split, or loaded."""
+    """A SentencePiece unigram tokenizer trained on the train split, or one that is loaded."""
 
     path: str | None = None
-    """SentencePiece model file (or a dataset's tokenizer folder) to use instead of training one."""
+    """SentencePiece model, tokenizer.json, ice_text.model or a dataset folder to use instead of training one."""
+    image_tokens: int | None = None
+    """Ids in front of the loaded pieces that no text uses: 20000 gives icetk's own ids; null: none, or the folder's."""
+    specials: dict[str, str] = field(default_factory=dict)
+    """Special tokens that the loaded file has under another name, such as {eod: "</s>"}; the others are added."""
     vocab_size: int = 8000
     """Pieces to train, bytes and the unknown included; special tokens come after them. Small text gives fewer."""
     character_coverage: float = 0.9995
@@ -217,6 +221,12 @@ class TokenizerConfig:
     """Threads that encode the text."""
 
     def __post_init__(self) -> None:
+        if self.path is None and (self.image_tokens is not None or self.specials):
+            raise ConfigError(
+                "tokenizer.image_tokens and tokenizer.specials are for a tokenizer that tokenizer.path gives"
+            )
+        if self.image_tokens is not None:
+            _within("tokenizer.image_tokens", self.image_tokens, 0, 1_000_000)
         _within("tokenizer.vocab_size", self.vocab_size, 300, 1_000_000)
         _within("tokenizer.character_coverage", self.character_coverage, 0.5, 1.0)
         _within("tokenizer.training_bytes", self.training_bytes, 10_000, 1 << 40)

@@ -101,7 +101,7 @@ def describe(sample: Sample, tokenizer: Tokenizer) -> list[Text]:
     for number, (first, context_end, end) in enumerate(segments(sample), 1):
         text = Text(f"\nsegment {number}, slots {first} … {end - 1}\n", style="bold")
         for token in np.split(sample.tokens[first:context_end], _edges(sample.tokens[first:context_end], tokenizer)):
-            blank = len(token) and token[0] >= tokenizer.pieces
+            blank = len(token) and tokenizer.no_text[token[0]]
             text.append(tokenizer.decode(token.tolist()), style="bold blue" if blank else "not bold")
         begins = np.flatnonzero(sample.tokens[context_end:end] == tokenizer.sop) + context_end
         for begin, stop in zip(begins, [*begins[1:], end], strict=True):
@@ -115,7 +115,7 @@ def describe(sample: Sample, tokenizer: Tokenizer) -> list[Text]:
 
 def _edges(tokens: NDArray[np.int64], tokenizer: Tokenizer) -> NDArray[np.int64]:
     """Where a run of pieces or of special tokens ends."""
-    special = tokens >= tokenizer.pieces
+    special = tokenizer.no_text[tokens]
     return np.flatnonzero(special[1:] != special[:-1]) + 1
 
 

@@ -20,7 +20,7 @@ from data_prep.quality import limits_of
 from data_prep.sources import Source, resolve_sources
 from data_prep.steps.split import page_of, split_of
 from data_prep.steps.work import Work, plan_tasks
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, given_tokenizer
 
 __all__ = ["Submitted", "page_of", "prepare", "split_of"]
 
@@ -43,7 +43,7 @@ def prepare(config: PrepConfig, progress: Progress = lambda stage, done, total: 
     folder = Path(config.data.path)
     limits_of(config.data.cleaning.limits)
     sources = resolve_sources(config.data)
-    loaded = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
+    loaded = given_tokenizer(config.tokenizer)
     recipe = _recipe(config, sources, loaded)
     if (folder / FILE).exists() and not config.data.overwrite:
         manifest = _reusable(folder, recipe)

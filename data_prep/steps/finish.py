@@ -60,7 +60,13 @@ def _finish(work: Work) -> None:
         raise DataError(f"data.sources: no document is left after cleaning; see {folder / 'rejected'} for the reasons")
     moved = json.loads((work.path("learn", 0) / "moved.json").read_text(encoding="utf-8"))
     manifest = Manifest(
-        tokenizer={"sha256": tokenizer.sha256, "pieces": tokenizer.pieces, "specials": tokenizer.special_ids},
+        tokenizer={
+            "sha256": tokenizer.sha256,
+            "kind": tokenizer.kind,
+            "pieces": tokenizer.pieces,
+            "image_tokens": tokenizer.image_tokens,
+            "specials": tokenizer.special_ids,
+        },
         split={
             "key": "page",
             "seed": work.config.data.split_seed,

@@ -19,7 +19,7 @@ from data_prep.steps.clean import Step, rejected_line
 from data_prep.steps.split import Splitter, pages_to_move, streams_of
 from data_prep.steps.work import DROP_REASONS, Work, load
 from data_prep.tally import Tally
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, given_tokenizer
 from data_prep.tokenizer_training import balanced, train_tokenizer
 
 _ENCODE_DOCUMENTS = 256
@@ -37,7 +37,7 @@ class Learn(Step):
         with work.output("learn", 0) as folder:
             moved = pages_to_move(work)
             write_json(folder / "moved.json", sorted(moved))
-            tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
+            tokenizer = given_tokenizer(config.tokenizer)
             if tokenizer is None:
                 if config.data.split_shares[0] == 0:
                     raise ConfigError("data.split_shares leaves nothing to train a tokenizer on; give tokenizer.path")
@@ -139,11 +139,11 @@ def _write_stream(
                 writers[name] = ShardWriter(prefix, token_dtype(tokenizer.vocab_size))
             text = document["text"]
             if document["target"] is not None:
-                answer = tokenizer.encode(document["target"])
+                answer = tokenizer.encode(document["target"], inside=True)
                 writers[name].add(ids, answer)
-                tokens, text = np.asarray([*ids, *answer]), text + document["target"]
+                tokens, text = np.append(ids, answer), text + document["target"]
             else:
-                tokens = np.asarray([*ids, tokenizer.eod])
+                tokens = np.append(ids, tokenizer.eod)
                 writers[name].add(tokens)
             licences[document["licence"] or "unknown"] += 1
             stream.counts[name].add(len(text), len(text.encode()), len(tokens))

@@ -141,5 +141,5 @@ def test_masks_in_text(dataset: Dataset) -> None:
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer\.model there"):
+    with pytest.raises(DataError, match=r"no tokenizer\.model or tokenizer\.json there"):
         Tokenizer.load(tmp_path)

@@ -14,9 +14,11 @@ from torch import Tensor
 from data_prep.batch import Batch
 from data_prep.clean import clean_text
 from data_prep.dataset import Dataset
+from data_prep.errors import ConfigError
 from data_prep.samples import Sampler
 from data_prep.sources import BUNDLED
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import SPECIALS, Tokenizer
+from tests.data_prep.tokenizer_files import byte_level, ice_text_model, metaspace
 from tests.train.convert_helpers import (
     CAUSAL,
     CHATGLM,
@@ -28,6 +30,9 @@ from tests.train.convert_helpers import (
     write_checkpoint,
 )
 from train.checkpoint.model import load_trained
+from train.convert.registry import format_of
+from train.convert.tokenizers import spelling, write_tokenizer
+from train.convert.vocabulary import Vocabulary
 from train.generation.blanks import fill
 from train.generation.picking import Decoding
 from train.labels import inputs
@@ -173,3 +178,25 @@ def test_generate_writes_what_we_write(tmp_path, tiny_run):
     written = model.generate(**batch, max_new_tokens=9, do_sample=False)[:, batch.input_ids.shape[1] :]
     for row, filled in zip(written.tolist(), wanted, strict=True):
         assert [token for token in row if token < trained.tokenizer.pieces] == filled
+
+
+@pytest.mark.parametrize("kind", ["json", "ice"])
+def test_tokenizers_that_were_brought_go_out_with_their_ids(tmp_path, kind):
+    """A tokenizer.json with our special tokens behind it, and icetk's text model with its pieces for white space."""
+    source = tmp_path / ("brought.json" if kind == "json" else "ice_text.model")
+    tokenizer = Tokenizer.load((metaspace if kind == "json" else ice_text_model)(source, [*TEXTS, "the cat sat on it"]))
+    config = config_of(model_of(), objective="causal")
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
+    write_tokenizer(tmp_path / "away", format_of("huggingface"), vocabulary, config)
+    there = transformers.AutoTokenizer.from_pretrained(tmp_path / "away", trust_remote_code=True)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert there(text, add_special_tokens=False).input_ids == ids
+        assert there.decode(ids) == tokenizer.decode(ids)
+    assert [there.convert_tokens_to_ids(spelling(name)) for name in SPECIALS] == list(tokenizer.special_ids.values())
+
+
+def test_special_tokens_among_the_pieces_do_not_convert(tmp_path):
+    tokenizer = Tokenizer.load(byte_level(tmp_path / "brought.json", TEXTS))
+    with pytest.raises(ConfigError, match=r"brought\.json: some special tokens stand among its pieces"):
+        Vocabulary(tokenizer, tokenizer.vocab_size)

@@ -18,7 +18,7 @@ class SourceTokenizerConfig:
     """The tokenizer of a folder that has none of its own."""
 
     path: str | None = None
-    """SentencePiece model file; null takes tokenizer.model or ice_text.model of the source."""
+    """SentencePiece model or tokenizer.json; null takes tokenizer.model or ice_text.model of the source."""
 
 
 @dataclass

@@ -143,7 +143,7 @@ def _tokenizer(settings: ConvertConfig, source: Path) -> Tokenizer:
     for name in _TOKENIZERS:
         if (source / name).is_file():
             return Tokenizer.load(source / name)
-    raise DataError(f"{source}: has no {' or '.join(_TOKENIZERS)}; give its SentencePiece model as tokenizer.path=")
+    raise DataError(f"{source}: has no {' or '.join(_TOKENIZERS)}; give its tokenizer as tokenizer.path=")
 
 
 def _commonest(places: dict[str, Layout], dtype_of: Callable[[str], torch.dtype]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_prep.cli import as_yaml
 from data_prep.files import checksum, write_bytes, write_json
-from data_prep.tokenizer import MODEL_FILE, Tokenizer
+from data_prep.tokenizer import Tokenizer
 from train.checkpoint.pieces import Piece
 from train.checkpoint.select import write_manifest
 from train.checkpoint.write import VERSION
@@ -37,8 +37,8 @@ def write_checkpoint(
     files = _write_weights(folder, specs, read, shard_bytes)
     write_json(folder / "trainer_state.json", {"consumed_samples": 0, "converted_from": origin})
     write_bytes(folder / "config.yaml", as_yaml(config).encode())
-    write_bytes(folder / "tokenizer" / MODEL_FILE, tokenizer.model)
-    for name in ("trainer_state.json", "config.yaml", f"tokenizer/{MODEL_FILE}"):
+    tokenizer.save(folder / "tokenizer")
+    for name in ("trainer_state.json", "config.yaml", f"tokenizer/{tokenizer.file_name}"):
         files[name] = {"bytes": (folder / name).stat().st_size, "checksum": checksum(folder / name)}
     manifest = {
         "version": VERSION,

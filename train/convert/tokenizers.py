@@ -1,14 +1,17 @@
 """The tokenizer as other code loads it: the SentencePiece model itself, and beside it what transformers reads.
 
 Two forms give the same ids. A model of a class that transformers ships gets a `tokenizer.json`, which needs no code of
-ours; the others, and a SentencePiece model that such a file cannot express, travel with `tokenization_tiankong.py`.
+ours; the others, and a SentencePiece model that such a file cannot express, travel with `tokenization_tiankong.py`. A
+`tokenizer.json` that the run was trained with goes out with our special tokens added.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from data_prep.errors import ConfigError
 from data_prep.files import write_bytes, write_json
 from data_prep.tokenizer import MODEL_FILE, SPECIALS, Tokenizer
 from train.config import Config
@@ -21,11 +24,23 @@ REMOTE = Path(__file__).parent / "remote"
 def write_tokenizer(folder: Path, found: Format, vocabulary: Vocabulary, config: Config) -> None:
     """Write the tokenizer's files into an export."""
     tokenizer = vocabulary.tokenizer
-    write_bytes(folder / MODEL_FILE, tokenizer.model)
+    if tokenizer.kind == "json" and (found.ranked or vocabulary.image_tokens or vocabulary.specials != SPECIALS):
+        raise ConfigError(
+            f"format={found.name}: {tokenizer.name} cannot hold this format's special tokens and image_tokens; use "
+            "huggingface, glm or llama, or a SentencePiece tokenizer"
+        )
+    if tokenizer.kind != "json":
+        write_bytes(folder / MODEL_FILE, tokenizer.model)
     if found.ranked:
         return
     settings: dict[str, Any] = {"model_max_length": config.model.max_positions, "padding_side": "left"}
-    fast = _fast(tokenizer) if found.shipped and not vocabulary.image_tokens else None
+    fast = None
+    if tokenizer.kind == "json":
+        fast = json.loads(tokenizer.model)
+        fast["truncation"] = fast["padding"] = None
+        fast["added_tokens"] = [*(fast.get("added_tokens") or []), *_added(tokenizer)]
+    elif found.shipped and not vocabulary.image_tokens and tokenizer.kind == "sentencepiece":
+        fast = _fast(tokenizer)
     if fast is not None:
         write_json(folder / "tokenizer.json", fast)
         end = spelling("eop")
@@ -65,6 +80,12 @@ def _copy(folder: Path, name: str) -> None:
     write_bytes(folder / name, (REMOTE / name).read_bytes())
 
 
+def _added(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Our special tokens as entries of a `tokenizer.json`."""
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [{"id": tokenizer.special_ids[name], "content": spelling(name), **usual} for name in SPECIALS]
+
+
 def _fast(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """`tokenizer.json` of a unigram model that takes text as it is; None for any other SentencePiece model."""
     model = sentencepiece_model_pb2.ModelProto()
@@ -73,25 +94,13 @@ def _fast(tokenizer: Tokenizer) -> dict[str, Any] | None:
     plain = normal.name == "identity" and not normal.add_dummy_prefix and not normal.remove_extra_whitespaces
     if not plain or trainer.model_type != trainer.UNIGRAM or not trainer.byte_fallback:
         return None
-    added = [
-        {
-            "id": tokenizer.special_ids[name],
-            "content": spelling(name),
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for name in SPECIALS
-    ]
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": _added(tokenizer),
         "normalizer": space,
         "pre_tokenizer": None,
         "post_processor": None,

@@ -29,6 +29,12 @@ class Vocabulary:
     specials: tuple[str, ...] = SPECIALS
 
     def __post_init__(self) -> None:
+        expected = [self.tokenizer.pieces + place for place in range(len(SPECIALS))]
+        if [self.tokenizer.special_ids[name] for name in SPECIALS] != expected:
+            raise ConfigError(
+                f"{self.tokenizer.name}: some special tokens stand among its pieces, or image tokens before them "
+                "(tokenizer.specials, tokenizer.image_tokens); only tables with all of them behind the pieces convert"
+            )
         needed = self.tokenizer.vocab_size + self.image_tokens
         if needed > self.rows:
             raise ConfigError(

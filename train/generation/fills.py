@@ -50,7 +50,7 @@ def _one(
     after = [int(token) for token in row[start + length : start + length + side]]
     context = [*before, tokenizer.mask, *after]
     nats = dataset.unigram_nats
-    frequent = int(np.argmin(nats[: tokenizer.pieces]))
+    frequent = int(np.argmin(np.where(tokenizer.no_text, np.inf, nats)))
     filled = fill(trained.model, tokenizer, context, Decoding(max_new_tokens=8))[0]
     return {
         "language": language,

@@ -82,5 +82,6 @@ def allow(logits: Tensor, tokenizer: Tokenizer, stops: Tensor) -> None:
     """
     column = stops.clamp(min=0)
     end = logits.gather(1, column)
-    logits[:, tokenizer.mask :] = -torch.inf  # specials stand behind all pieces, padding behind them
+    for barred in tokenizer.no_text_ranges:
+        logits[:, barred] = -torch.inf
     logits.scatter_(1, column, torch.where(stops >= 0, end, logits.gather(1, column)))

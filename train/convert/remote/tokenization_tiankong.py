@@ -5,6 +5,7 @@ so that it can go to `generate` as it is; a text without a mask gets an open end
 """
 
 import os
+import re
 import shutil
 
 import sentencepiece
@@ -24,6 +25,8 @@ class TiankongTokenizer(PreTrainedTokenizer):
         self.vocab_file = vocab_file
         self.image_tokens, self.specials, self.objective = image_tokens, list(specials), objective
         self.processor = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        pieces = ("<n>", "<|tab|>", "<|blank_2|>")
+        self.ice = all(self.processor.id_to_piece(self.processor.piece_to_id(piece)) == piece for piece in pieces)
         first = image_tokens + self.processor.vocab_size()
         self.ids = {name: first + offset for offset, name in enumerate(self.specials)}
         self._added_tokens_decoder = {
@@ -58,7 +61,20 @@ class TiankongTokenizer(PreTrainedTokenizer):
         return text, kwargs
 
     def _tokenize(self, text, **_):
+        if self.ice:  # icetk's text model has pieces of its own for white space
+            text = re.sub(r"\n|\t| {2,80}", lambda found: self.spelt(found.group()), text)
         return self.processor.encode(text, out_type=str)
+
+    @staticmethod
+    def spelt(white):
+        """Line break, tab or 2 to 80 spaces as icetk spells them."""
+        return {"\n": "<n>", "\t": "<|tab|>"}.get(white) or f"<|blank_{len(white)}|>"
+
+    @staticmethod
+    def white(text):
+        """Text with icetk's spellings of white space put back."""
+        text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
+        return re.sub(r"<\|blank_(\d+)\|>", lambda found: " " * int(found[1]), text)
 
     def _convert_token_to_id(self, token):
         return self.image_tokens + self.processor.piece_to_id(token)
@@ -74,6 +90,7 @@ class TiankongTokenizer(PreTrainedTokenizer):
                 continue
             if run:
                 part = self.processor.decode_pieces(run)
+                part = self.white(part) if self.ice else part
                 # A model with a dummy prefix drops the first piece's space; inside a longer text it belongs there.
                 text += " " + part if text and run[0].startswith("▁") and part[:1] != " " else part
             text, run = text + (token or ""), []
