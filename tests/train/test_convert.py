@@ -138,7 +138,7 @@ class _Pieces(Tokenizer):
     """A tokenizer's counts without its model."""
 
     def __init__(self, pieces: int) -> None:
-        self.pieces, self.name = pieces, "pieces"
+        self.pieces, self.vocab_size, self.name = pieces, pieces + len(SPECIALS), "pieces"
         self.special_ids = {special: pieces + offset for offset, special in enumerate(SPECIALS)}
 
 
