@@ -41,6 +41,9 @@ class Shape:
 SHAPES = {
     "anchor": Shape(24, 2048, 16, 5504, 50304, 2048),
     "short": Shape(2, 2048, 16, 5504, 50304, 2048),
+    "3b": Shape(24, 3072, 24, 8192, 50304, 2048),
+    "7b": Shape(32, 4096, 32, 11008, 50304, 2048),
+    "text": Shape(8, 1024, 8, 2752, 8192, 512),
     "toy": Shape(2, 64, 2, 96, 512, 64),
 }
 Step = Callable[[list[Batch]], Tensor]
@@ -55,10 +58,16 @@ class Contender:
     peer: bool = True
 
 
-def batch_of(shape: Shape, size: int, seed: int) -> Batch:
-    """A micro-batch of gMASK samples: generation lengths uniform in [0.2, 1] of the row, as GLM-130B draws them."""
+def batch_of(shape: Shape, size: int, seed: int, text: Tensor | None = None) -> Batch:
+    """A micro-batch of gMASK samples: generation lengths uniform in [0.2, 1] of the row, as GLM-130B draws them.
+
+    text: int64 [tokens], of which micro-batch `seed` takes the next rows, round and round; else random words.
+    """
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(0, shape.vocabulary - 8, (size, shape.slots + 1), generator=generator)
+    if text is not None:
+        rows = torch.arange(seed * size, (seed + 1) * size)[:, None]
+        words = text[(rows * shape.slots + torch.arange(shape.slots + 1)) % len(text)]
     slots = torch.arange(shape.slots, dtype=torch.int32).expand(size, -1)
     share = 0.2 + 0.8 * torch.rand(size, 1, generator=generator)
     context = ((1 - share) * (shape.slots - 1)).int() + 1
@@ -189,13 +198,21 @@ def check() -> str | None:
 # ---- peers ----
 
 
-def accumulated(loss_of: Callable[[Batch], Tensor], parameters: list[torch.nn.Parameter]) -> Step:
-    """Plain accumulation with PyTorch's fused AdamW on the parameters as they are."""
+def accumulated(
+    loss_of: Callable[[Batch], Tensor],
+    parameters: list[torch.nn.Parameter],
+    before: Callable[[bool], object] = lambda last: None,
+) -> Step:
+    """Plain accumulation with PyTorch's fused AdamW on the parameters as they are.
+
+    before: called ahead of each micro-batch with whether it is the last of its step.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(batches: list[Batch]) -> Tensor:
         total = torch.zeros((), device=parameters[0].device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            before(number == len(batches) - 1)
             loss = loss_of(batch)
             (loss / len(batches)).backward()
             total += loss.detach() / len(batches)
@@ -211,26 +228,9 @@ def litgpt(*, compiled: bool) -> Callable[[Shape, int, int], Step]:
     """litgpt's GPT with LayerNorm and GeGLU, causal flash attention, weights and Adam in bf16."""
 
     def build(shape: Shape, micro_batch: int, accumulation: int) -> Step:
-        from litgpt import GPT, Config
-
-        config = Config(
-            name="anchor",
-            block_size=shape.slots,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            n_embd=shape.hidden,
-            intermediate_size=shape.ffn,
-            vocab_size=shape.vocabulary,
-            padded_vocab_size=shape.vocabulary,
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="LayerNorm",
-            mlp_class_name="GemmaMLP",
-        )
         device = backend.device()
         with torch.device(device), default_dtype(torch.bfloat16):
-            model = GPT(config)
+            model = litgpt_model(shape)
 
         def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
             return torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
@@ -244,6 +244,28 @@ def litgpt(*, compiled: bool) -> Callable[[Shape, int, int], Step]:
         )
 
     return build
+
+
+def litgpt_model(shape: Shape) -> Any:
+    """litgpt's GPT at a shape, on the default device and in the default dtype."""
+    from litgpt import GPT, Config
+
+    config = Config(
+        name="anchor",
+        block_size=shape.slots,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_embd=shape.hidden,
+        intermediate_size=shape.ffn,
+        vocab_size=shape.vocabulary,
+        padded_vocab_size=shape.vocabulary,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="LayerNorm",
+        mlp_class_name="GemmaMLP",
+    )
+    return GPT(config)
 
 
 def liger(*, deepspeed: bool, checkpointing: bool = False, prefix: bool = False) -> Callable[[Shape, int, int], Step]:

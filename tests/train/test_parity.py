@@ -17,23 +17,27 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "parity.csv"
 TENSOR, PIPELINE = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 ZERO = [[f"parallel.zero_stage={stage}"] for stage in range(4)]
-SHARES = [TENSOR, "parallel.sequence_parallel=true"]
+TWICE = "micro_batch_size=4"
+"""Two micro-batches a step where one data-parallel rank takes them all: the second is what accumulation could get
+wrong, and each costs a layout with tensor parallelism dozens of messages."""
+TENSOR_2 = [TENSOR, TWICE]
+SHARES = [*TENSOR_2, "parallel.sequence_parallel=true"]
 RECOMPUTED = "parallel.activation_checkpointing=full"
 LAYOUTS: dict[int, list[list[str]]] = {
-    1: ZERO,
-    2: [*ZERO, [TENSOR], [TENSOR, ZERO[0][0]], [PIPELINE], [PIPELINE, ZERO[0][0]]],
+    1: [[*zero, TWICE] for zero in ZERO],
+    2: [*ZERO, TENSOR_2, [*TENSOR_2, ZERO[0][0]], [PIPELINE], [PIPELINE, ZERO[0][0]]],
     4: [[TENSOR, PIPELINE], [PIPELINE], [TENSOR], [TENSOR, ZERO[3][0]]],
 }
 """By number of ranks; data parallelism takes what tensor and pipeline leave."""
 WITH_DROPOUT: dict[int, list[list[str]]] = {
-    1: [[RECOMPUTED]],
+    1: [[RECOMPUTED, TWICE]],
     2: [SHARES, [*SHARES, RECOMPUTED], [PIPELINE, RECOMPUTED]],
     4: [
-        ["parallel.tensor_parallel=4"],
-        ["parallel.tensor_parallel=4", SHARES[1], RECOMPUTED],
+        ["parallel.tensor_parallel=4", TWICE],
+        ["parallel.tensor_parallel=4", SHARES[-1], TWICE, RECOMPUTED],
         [*SHARES, PIPELINE],
-        [*SHARES, ZERO[2][0]],
-        [*SHARES, ZERO[3][0], RECOMPUTED],
+        [TENSOR, SHARES[-1], ZERO[2][0]],
+        [TENSOR, SHARES[-1], ZERO[3][0], RECOMPUTED],
     ],
 }
 """More of them, with dropout only: what they could get wrong shows there."""
@@ -103,7 +107,7 @@ VARIANTS: dict[str, list[str]] = {
 @pytest.mark.parametrize(
     "tensor",
     [
-        pytest.param([TENSOR], id="whole_sequence", marks=pytest.mark.slow),
+        pytest.param(TENSOR_2, id="whole_sequence", marks=pytest.mark.slow),
         pytest.param(SHARES, id="shares_of_the_sequence"),
     ],
 )
@@ -130,8 +134,8 @@ def test_all_three_axes_at_once(baseline: tuple[list[str], Curve]) -> None:
 @pytest.mark.parametrize(
     ("fault", "layout"),
     [
-        ("bias_on_every_rank", [TENSOR]),
-        ("gradient_not_summed", [TENSOR]),
+        ("bias_on_every_rank", TENSOR_2),
+        ("gradient_not_summed", TENSOR_2),
         ("norm_gradient_of_one_share", SHARES),
         ("dropout_of_the_first_share", [*SHARES, *DROPOUT]),
         ("norm_gradient_of_one_rank", []),

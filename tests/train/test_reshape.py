@@ -17,12 +17,12 @@ pytestmark = pytest.mark.distributed
 BEFORE, AFTER, TOLERANCE = 4, 20, 1e-5
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "tensor_2_pipeline_2": (4, ["parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"]),
+    "tensor_2_pipeline_2": (4, ["parallel.tensor_parallel=2", "parallel.pipeline_parallel=2", "micro_batch_size=4"]),
     "data_4_zero_1": (4, ["parallel.zero_stage=1", "micro_batch_size=1"]),
-    "tensor_4": (4, ["parallel.tensor_parallel=4"]),
+    "tensor_4": (4, ["parallel.tensor_parallel=4", "micro_batch_size=4"]),
     "data_2_zero_3": (2, ["parallel.zero_stage=3"]),
 }
-"""Ranks and overrides of each."""
+"""Ranks and overrides of each; all take two micro-batches a step."""
 PAIRS = list(itertools.permutations(LAYOUTS, 2))
 
 
