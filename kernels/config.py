@@ -29,6 +29,10 @@ class KernelsConfig:
     embedding: str = "auto"
     """Token embedding with gradient shrink: auto | reference | compile."""
 
+    decode_attention: str = "auto"
+    """Attention of one new token over the key-value cache (generation, with `stability.softmax` in float32):
+    auto | reference | triton."""
+
     quantised_matmul: str = "auto"
     """Products with INT8 and INT4 weights (`quantise=` of train.generate and train.evaluate): auto | reference |
     compile | triton."""

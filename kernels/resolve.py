@@ -107,6 +107,9 @@ TABLE: dict[str, Operations] = {
     "rotary": Operations(_triple("rotary", frozenset()), FAST),
     "embedding": Operations(_pair("embedding", frozenset())),
     "quantised_matmul": Operations(_triple("quantised_matmul", frozenset()), FAST),
+    "decode_attention": Operations(
+        {name: one for name, one in _triple("decode_attention", frozenset()).items() if not one.compiled}, FAST
+    ),
     "linear_cross_entropy": Operations(
         _triple("linear_cross_entropy", frozenset({"tensor_parallel", "z_loss", "softcap"})), FAST
     ),

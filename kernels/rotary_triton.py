@@ -28,7 +28,7 @@ STAGES = 1
 
 @triton.jit
 def _kernel(
-    x, bias, positions, inverse, out, part, tokens, length, tokens_each,
+    x, bias, positions, inverse, out, part, tokens, length, tokens_each, position_row, position_axis,
     HEADS: tl.constexpr, D: tl.constexpr, PERIOD: tl.constexpr, TURNED: tl.constexpr, PAIRS: tl.constexpr,
     AXIS_PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FP16: tl.constexpr, HAS_BIAS: tl.constexpr,
     BACKWARD: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
@@ -67,8 +67,9 @@ def _kernel(
     for start in tl.range(start_token, last, T, num_stages=STAGES):
         token = start + tl.arange(0, T)
         token_mask = token < last
-        spot = (token // length) * 2 * length + token % length
-        position = tl.load(positions + spot[:, None] + (axis * length)[None, :], mask=token_mask[:, None], other=0)
+        spot = (token // length) * position_row + token % length
+        at_axis = (axis * position_axis)[None, :]
+        position = tl.load(positions + spot[:, None] + at_axis, mask=token_mask[:, None], other=0)
         if FP16:
             angle = (position.to(tl.float16).to(tl.float32) * theta[None, :]).to(tl.float16).to(tl.float32)
             cos = tl.cos(angle).to(tl.float16).to(tl.float32)
@@ -138,7 +139,7 @@ def _launch(
     if tokens:
         _kernel[(blocks, ranges)](
             x, bias, positions, _inverse(rotary_dim, axes, base, fp16_angles, x.device), out, part,
-            tokens, length, tokens_each,
+            tokens, length, tokens_each, positions.stride(0), positions.stride(1),
             HEADS=heads, D=dim, PERIOD=period, TURNED=period - passthrough, PAIRS=pairs, AXIS_PAIRS=pairs // axes,
             INTERLEAVED=interleaved, FP16=fp16_angles, HAS_BIAS=has_bias, BACKWARD=backward,
             T=TILE_TOKENS, HB=block_heads, P=triton.next_power_of_2(pairs),
@@ -215,7 +216,9 @@ def rotary(
     check(x, bias, positions, period, passthrough, rotary_dim, mode)
     if mode == "none":  # every head passes through
         passthrough, rotary_dim = period, x.shape[-1] // 2 * 2
+    # Two rows of a batch's meta, read where they stand.
+    positions = positions if positions.stride(2) == 1 else positions.contiguous()
     return _forward(
-        x.contiguous(), None if bias is None else bias.contiguous(), positions.contiguous(), period, passthrough,
+        x.contiguous(), None if bias is None else bias.contiguous(), positions, period, passthrough,
         rotary_dim, 2 if mode == "2d" else 1, interleaved, base, fp16_angles,
     )  # fmt: skip

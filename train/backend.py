@@ -10,8 +10,8 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 # Finding no GPU is no reason to warn, on each rank and into the output of a command; DeepSpeed says it while imported.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -34,6 +34,7 @@ from train.model.build import DTYPES, Model
 from train.model.layers import PostNormLayer, PreNormLayer
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 def device() -> torch.device:
@@ -73,6 +74,31 @@ def memory() -> dict[str, int]:
 def synchronize() -> None:
     """Wait until this rank's device has done all it was given."""
     get_accelerator().synchronize()
+
+
+def capture(function: Callable[[], Result]) -> Callable[[], Result]:
+    """A fixed sequence of device work as one graph: what comes back runs it again, into the same tensors each time.
+
+    function: reads and writes tensors that stay where they are, and waits for nothing. It runs once here, to compile
+    and allocate what it needs. On a device without graphs the function itself comes back, and has not run.
+    """
+    accelerator = get_accelerator()
+    graph = accelerator.create_graph()
+    if graph is None:
+        return function
+    beside = accelerator.Stream()
+    beside.wait_stream(accelerator.current_stream())
+    with accelerator.stream(beside):
+        function()
+    accelerator.current_stream().wait_stream(beside)
+    with accelerator.capture_to_graph(graph):
+        result = function()
+
+    def replay() -> Result:
+        accelerator.replay_graph(graph)
+        return result
+
+    return replay
 
 
 def world_size() -> int:

@@ -37,6 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.interval_attention": ("auto", "reference", "compile", "triton", "flex", "unfused", "sdpa"),
     "kernels.linear_cross_entropy": ("auto", "reference", "compile", "triton"),
     "kernels.embedding": ("auto", "reference", "compile"),
+    "kernels.decode_attention": ("auto", "reference", "triton"),
     "kernels.quantised_matmul": ("auto", "reference", "compile", "triton"),
 }
 """The words a key may hold."""

@@ -60,7 +60,8 @@ class GenerateConfig:
     quantise_group: int | None = None
     """Columns of a matrix that share a scale, such as 128; null means one scale a row."""
     compile: bool = False
-    """Decode through torch.compile, on a GPU with CUDA graphs: minutes at first, then faster steps."""
+    """Decode through torch.compile: a minute or more at first, then faster steps on a CPU. A GPU gains little by it:
+    there a step is one graph of fused kernels anyway."""
     output: str | None = None
     """File for the result: JSON, or with `input` one JSON object a line; null prints it only."""
 

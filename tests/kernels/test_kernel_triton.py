@@ -120,8 +120,9 @@ else:
     )  # fmt: skip
     def test_rotary(dtype, mode, interleaved, rotary_dim, period, passthrough, with_bias):
         inputs = [tensor(2, 9, 12, 16, seed=1, dtype=dtype)] + [tensor(12 * 16, seed=2, dtype=dtype)] * with_bias
-        positions = torch.randint(0, 300, (2, 2, 9), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
-        positions = positions.to(DEVICE)
+        # Two rows of a larger tensor, as a batch's meta holds them.
+        meta = torch.randint(0, 300, (2, 4, 9), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
+        positions = meta.to(DEVICE)[:, :2]
         options = {"period": period, "passthrough": passthrough, "rotary_dim": rotary_dim, "mode": mode}
         options |= {"interleaved": interleaved, "base": 10000.0}
         wide = [as64(t) for t in inputs]

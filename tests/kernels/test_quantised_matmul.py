@@ -15,7 +15,9 @@ from kernels.quantised_weight import dequantise, quantise
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.gpu if CUDA else pytest.mark.unit
+# up to four rows of x take another kernel than more of them
 SHAPES = [((3, 64), 40, None), ((2, 5, 96), 33, None), ((1, 160), 70, 32), ((37, 128), 64, 16), ((0, 32), 8, None)]
+SHAPES += [((7, 160), 70, 32), ((2, 2600), 5, None)]
 
 
 def case(shape, rows, bits, group, dtype):

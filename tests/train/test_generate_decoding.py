@@ -186,7 +186,7 @@ def test_a_compiled_step_is_one_graph_and_gives_the_same(tokenizer):
     model, batch = untrained("grouped"), contexts(tokenizer)
     forms = [Form.of(context, tokenizer, model.context.model) for context in batch]
     counter = CompileCounter()
-    decoders = [Decoder(model, 4, 40), Decoder(model, 4, 40, compiled=True, backend=counter)]
+    decoders = [Decoder(model, 4, 40), Decoder(model, 4, 40, compiled=True, compiler=counter)]
     for decoder in decoders:
         decoder.begin([form.context for form in forms])
     for step in range(6):

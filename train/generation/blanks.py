@@ -56,11 +56,12 @@ def fill_all(
     writers = [_Writer(form, decoding.max_new_tokens) for form in forms]
     texts = torch.tensor(list(numbers), device=decoder.device)
     while not all(writer.done for writer in writers):
-        inputs = [writer.feed() for writer in writers]
-        logits = decoder.step(torch.tensor([token for token, _ in inputs]), torch.tensor([at for _, at in inputs]))
-        allow(logits, tokenizer, torch.tensor([writer.stops for writer in writers], device=logits.device))
-        drawn = torch.tensor([writer.drawn for writer in writers], device=logits.device)
-        for number, token in enumerate(pick(logits, decoding, texts, drawn).tolist()):
+        # One copy to the device a step: token, both positions, both stops, tokens drawn.
+        rows = [[*writer.feed(), *writer.stops, writer.drawn] for writer in writers]
+        fed = torch.tensor(rows).to(decoder.device)
+        logits = decoder.step(fed[:, 0], fed[:, 1:3])
+        allow(logits, tokenizer, fed[:, 3:5])
+        for number, token in enumerate(pick(logits, decoding, texts, fed[:, 5]).tolist()):
             blank = writers[number].blank
             news = writers[number].take(token)
             if news is not None and on_token is not None:
@@ -91,14 +92,14 @@ class _Writer:
         """Tokens that may end the blank now, −1 for none."""
         return self.form.openings[self.blank].stops_at(len(self.written[-1]))
 
-    def feed(self) -> tuple[int, tuple[int, int]]:
-        """The next token to run, and its positions; anything once the text is done."""
+    def feed(self) -> tuple[int, int, int]:
+        """The next token to run, and its two positions; anything once the text is done."""
         if self.done:
-            return 0, (0, 0)
+            return 0, 0, 0
         opening = self.form.openings[self.blank]
         token = self.written[-1][self.fed - 1] if self.fed else opening.first
         self.fed += 1
-        return token, opening.position(self.fed - 1)
+        return token, *opening.position(self.fed - 1)
 
     def take(self, token: int) -> bool | None:
         """What the model says follows the last feed. Returns whether the blank is now whole; None: nothing was asked.

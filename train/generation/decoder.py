@@ -4,16 +4,17 @@
     decoder.begin([context_a, context_b])            # contexts of any length, each seeing all of itself
     logits = decoder.step(tokens, positions)         # one token a row -> fp32 [rows, vocabulary]
 
-A step has the same shapes each time (tokens [rows, 1], the whole cache), so that with `compiled` it is one graph, on a
-GPU one CUDA graph. Tensor-parallel ranks call the same methods together and get the same logits.
+A step has the same shapes each time (tokens [rows, 1], the whole cache) and its tensors stay where they are, so on a
+GPU it is captured once and replayed as one graph: launching some hundred small kernels would take longer than running
+them. Tensor-parallel ranks call the same methods together and get the same logits; they run without a graph.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from train import backend
 from train.model.build import Model
 from train.model.cache import KeyValueCache
 
@@ -22,22 +23,25 @@ class Decoder:
     """Rows of tokens that grow side by side."""
 
     def __init__(
-        self, model: Model, rows: int, slots: int, *, compiled: bool = False, backend: str = "inductor"
+        self, model: Model, rows: int, slots: int, *, compiled: bool = False, compiler: str = "inductor"
     ) -> None:
-        """slots: tokens that a row can hold, context and all. backend: torch.compile's, where `compiled` is set."""
+        """slots: tokens that a row can hold, context and all. compiled: run a step through torch.compile, whose
+        backend is `compiler`."""
         assert model.head is not None
         self.model, self.head, self.rows = model, model.head, rows
-        self.device = model.context.mesh.device
+        mesh = model.context.mesh
+        self.device = mesh.device
         self.cache = KeyValueCache.empty(model, rows, slots)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
         """Slots filled in each row."""
         self._sample_index = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._fed = torch.zeros(rows, 3, dtype=torch.int64, device=self.device)
+        """Token and both positions of each row of the next step."""
+        self._captures = mesh.tensor == 1
+        self._run: Callable[[], Tensor] | None = None
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._logits
         if compiled:
-            # What triton.cudagraphs needs is there: static shapes, static buffers, no work on the host.
-            graphs = backend == "inductor" and self.device.type != "cpu"
-            options: dict[str, Any] | None = {"triton.cudagraphs": True} if graphs else None
-            self._forward = torch.compile(self._logits, dynamic=False, fullgraph=True, backend=backend, options=options)
+            self._forward = torch.compile(self._logits, dynamic=False, fullgraph=True, backend=compiler)
 
     @torch.no_grad()
     def begin(self, contexts: Sequence[Sequence[int]], *, causal: bool = False) -> None:
@@ -51,20 +55,25 @@ class Decoder:
         upto = place + 1 if causal else lengths[:, None].expand(-1, longest)
         meta = torch.stack([place, torch.zeros_like(place), torch.zeros_like(place), upto, place], 1)
         with self.cache.attached():
-            self.model((tokens.to(self.device), meta.to(self.device), self._sample_index))
+            self.model((tokens.to(self.device), meta.to(self.device, torch.int32), self._sample_index))
         self.lengths.copy_(lengths)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits of what follows one more token a row.
 
-        tokens: int64 [rows]. positions: int64 [rows, 2], as a batch has them. Returns fp32 [rows, padded vocabulary].
+        tokens: int64 [rows]. positions: int64 [rows, 2], as a batch has them. Returns fp32 [rows, padded vocabulary],
+        which the next step may write over.
         """
-        meta = self._meta(positions.to(self.device)[:, :, None])
+        self._fed[:, 0] = tokens
+        self._fed[:, 1:] = positions
         with self.cache.attached():
-            logits = self._forward(tokens.to(self.device)[:, None], meta)
-        self.lengths += 1
-        return logits
+            if self._run is None:
+                filled = self.lengths.clone()
+                self._run = backend.capture(self._advance) if self._captures else self._advance
+                # Capturing ran it once.
+                self.lengths.copy_(filled)
+            return self._run()
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, positions: Tensor) -> None:
@@ -84,9 +93,16 @@ class Decoder:
         self.lengths.copy_(self.lengths[rows])
 
     def _meta(self, positions: Tensor) -> Tensor:
-        """int64 [rows, 5, new] of tokens that come after what is there."""
+        """int32 [rows, 5, new] of tokens that come after what is there."""
         place = self.lengths[:, None] + torch.arange(positions.shape[2], device=self.device)
-        return torch.cat([positions, torch.stack([torch.zeros_like(place), place + 1, place], 1)], 1)
+        meta = torch.cat([positions, torch.stack([torch.zeros_like(place), place + 1, place], 1)], 1)
+        # As the layers want them, so that none of them has to convert.
+        return meta.to(torch.int32)
+
+    def _advance(self) -> Tensor:
+        logits = self._forward(self._fed[:, :1], self._meta(self._fed[:, 1:, None]))
+        self.lengths += 1
+        return logits
 
     def _logits(self, tokens: Tensor, meta: Tensor) -> Tensor:
         hidden = self.model((tokens, meta, self._sample_index))

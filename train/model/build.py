@@ -62,6 +62,10 @@ def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Oper
             attention=resolve("interval_attention", kernels.interval_attention, device, dtype, attention),
             linear_cross_entropy=resolve("linear_cross_entropy", kernels.linear_cross_entropy, device, dtype, head),
             embedding=resolve("embedding", kernels.embedding, device, dtype),
+            # Its softmax is float32; another kind must be the same in generation as in training.
+            decode_attention=None
+            if {"half_softmax", "pb_relax"} & attention
+            else resolve("decode_attention", kernels.decode_attention, device, dtype),
             # Telemetry takes the logit where it is to be had; it never decides which kernel runs.
             max_logit="max_logit" in TABLE["interval_attention"].implementations[chosen].features,
         )

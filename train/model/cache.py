@@ -25,18 +25,23 @@ class LayerCache:
         self.values: Tensor | None = None
 
     def extend(self, key: Tensor, value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, [rows, new, kv heads, dim], at the slots `place`, int64 [rows, new].
+        """Store new keys and values, [rows, new, kv heads, dim], at the slots `place`, ints [rows, new].
 
-        Returns the whole buffers. They are made at the first call, when the heads on this rank are known.
+        Returns the whole buffers.
         """
+        keys, values = self.buffers(key, value)
+        row = torch.arange(self.rows, device=place.device)[:, None]
+        keys[row, place] = key
+        values[row, place] = value
+        return keys, values
+
+    def buffers(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole buffers, made at the first call, when the heads on this rank are known; key, value as `extend`."""
         if self.keys is None or self.values is None:
             self.keys, self.values = (part.new_zeros(self.rows, self.slots, *part.shape[2:]) for part in (key, value))
             for buffer in (self.keys, self.values):
                 # CUDA graphs read and write the same memory at every step.
                 torch._dynamo.mark_static_address(buffer)
-        row = torch.arange(self.rows, device=place.device)[:, None]
-        self.keys[row, place] = key
-        self.values[row, place] = value
         return self.keys, self.values
 
     def spread(self, rows: Tensor, places: Tensor) -> "LayerCache":

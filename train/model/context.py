@@ -30,6 +30,8 @@ class Operations:
     attention: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]]
     embedding: Callable[..., Tensor]
+    decode_attention: Callable[..., Tensor] | None = None
+    """One new token a row over a cache; None where `attention` must do that too."""
     max_logit: bool = False
     """Whether the attention gives its largest logit when it is asked."""
 

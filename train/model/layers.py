@@ -24,6 +24,9 @@ class Cache(Protocol):
     def extend(self, key: Tensor, value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values at the slots `place`; returns those of all slots."""
 
+    def buffers(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, to be written by who asked."""
+
 
 class Attention(nn.Module):
     """Interval attention over heads divided among the tensor-parallel ranks.
@@ -82,9 +85,14 @@ class Attention(nn.Module):
         """x [B,S,H] -> the output product [B,S,H], its bias not yet added."""
         positions, attend_from, attend_to = intervals(meta)
         query, key, value = self._packed(x, positions) if self.packed else self._grouped(x, positions)
+        context, step = self.context, self.context.ops.decode_attention
+        if self.cache is not None and step is not None and x.shape[1] == 1:
+            place = meta[:, 4].to(torch.int32)
+            buffers = self.cache.buffers(key, value)
+            out = step(query, key, value, *buffers, place, attend_from, attend_to, scale=context.head_dim**-0.5)
+            return context.row_parallel(out.flatten(2), self.dense_weight)
         if self.cache is not None:
             key, value = self.cache.extend(key, value, meta[:, 4])
-        context = self.context
         out, _, max_logit = context.ops.attention(
             query,
             key,

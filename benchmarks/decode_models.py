@@ -1,0 +1,149 @@
+"""The models of `benchmarks.decode`: random weights in this project's model, and the same in transformers' classes.
+
+Weights travel by the same descriptions that `train.convert` writes files by (`Format.entries`), without the files.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.step_worker import SHAPES, Shape
+from data_prep.tokenizer import SPECIALS
+from train.cli import compose_train
+from train.convert.causal_formats import Llama
+from train.convert.formats import Format, HuggingFace
+from train.convert.mapping import Mapping
+from train.convert.vocabulary import Vocabulary
+from train.mesh import Mesh
+from train.model.build import DTYPES, Model, named_layouts, operations
+
+PRE_NORM = (
+    "model.norm_placement=pre",
+    "model.norm=rmsnorm",
+    "model.activation=swiglu",
+    "model.bias=none",
+    "model.init=normal",
+    "data.sampling.objective=causal",
+)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The special tokens of a table, which is all of a tokenizer that decoding asks for."""
+
+    pieces: int
+    name: str = "benchmark"
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """As `data_prep.tokenizer.Tokenizer`'s."""
+        return {special: self.pieces + offset for offset, special in enumerate(SPECIALS)}
+
+    def __getattr__(self, name: str) -> int:
+        ids = {special.lower(): place for special, place in self.special_ids.items()}
+        if name == "vocab_size":
+            return self.pieces + len(SPECIALS)
+        if name not in ids:
+            raise AttributeError(name)
+        return ids[name]
+
+
+def config_for(form: str, shape: Shape, dtype: str, kernels: str = "auto") -> Any:
+    """The training config of a model."""
+    return compose_train(
+        [
+            "data.path=unused",
+            "model=1b",
+            f"model.num_layers={shape.layers}",
+            f"model.hidden_size={shape.hidden}",
+            f"model.num_heads={shape.heads}",
+            f"model.ffn_hidden_size={shape.ffn}",
+            f"model.padded_vocab_size={shape.vocabulary}",
+            f"model.max_positions={shape.slots}",
+            f"sequence_length={shape.slots}",
+            "model.tied_embeddings=false",
+            f"precision={dtype}",
+            f"kernels={kernels}",
+            *(PRE_NORM if form == "llama" else ()),
+        ]
+    )
+
+
+def model_of(form: str, shape: Shape, device: torch.device, dtype: str) -> tuple[Model, Any]:
+    """A model of random weights, and its special tokens, which it never writes.
+
+    The rows of the special tokens in the head are zero: among so many logits, zero is never the largest, so that every
+    contender writes text to the end.
+    """
+    config = config_for(form, shape, dtype)
+    model = Model(config, Mesh.single(device), DTYPES[dtype]).to(DTYPES[dtype]).eval().requires_grad_(False)
+    ids = Ids(shape.vocabulary - 2 * len(SPECIALS))
+    assert model.head is not None
+    model.head.weight[ids.pieces :] = 0.0
+    return model, ids
+
+
+def with_kernels(model: Model, kernels: str) -> Model:
+    """A copy of a model that runs other implementations of its operations."""
+    other = copy.deepcopy(model)
+    config = config_for("glm", SHAPES["toy"], "fp32", kernels)
+    config.model = model.context.model
+    dtype = next(model.parameters()).dtype
+    context = replace(model.context, ops=operations(config, model.context.mesh.device, dtype))
+    for module in other.modules():
+        if hasattr(module, "context"):
+            module.context = context
+    return other
+
+
+def text_for(form: str, ids: Any, batch: int, context: int) -> list[list[int]]:
+    """Random texts that end in a [gMASK]; `context` tokens with it, or with the sop that a causal text begins with."""
+    generator = torch.Generator().manual_seed(len(form))
+    words = torch.randint(0, ids.pieces, (batch, context - 1), generator=generator)
+    return [[*row, ids.gmask] for row in words.tolist()]
+
+
+def theirs_of(form: str, model: Model, ids: Any) -> Any:
+    """transformers' Llama, or our exported class for the GLM layer, with the same weights; greedy, never stopping."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from train.convert.remote.modeling_tiankong import TiankongConfig, TiankongForCausalLM
+
+    layout: Format = Llama() if form == "llama" else HuggingFace()
+    config = config_for(form, SHAPES["toy"], "fp32")
+    config.model = model.context.model
+    vocabulary = Vocabulary(ids, config.model.padded_vocab_size)
+    native = {place.name: parameter.detach() for place, parameter in named_layouts(model.parameters())}
+    mapping = Mapping(
+        layout.entries(config.model, vocabulary), {name: tuple(tensor.shape) for name, tensor in native.items()}
+    )
+    described = layout.describe(config, vocabulary) | {"eos_token_id": None, "pad_token_id": None}
+    kinds = (LlamaConfig, LlamaForCausalLM) if form == "llama" else (TiankongConfig, TiankongForCausalLM)
+    with model.context.mesh.device:
+        peer = kinds[1](kinds[0](**described)).to(next(model.parameters()).dtype).eval()
+    rows = {name: tensor.cpu() for name, tensor in native.items()}
+    peer.load_state_dict({key: mapping.outward(key, rows.__getitem__) for key in mapping.entries}, strict=True)
+    peer.generation_config.eos_token_id = None
+    peer.generation_config.pad_token_id = ids.eod
+    return peer
+
+
+@torch.no_grad()
+def greedy_without_cache(model: Model, tokens: list[int], new: int, *, causal: bool) -> list[int]:
+    """Greedy tokens behind `tokens`, the whole text run anew for each. Not causal: all but the last, a sop, is context
+    that sees itself."""
+    assert model.head is not None
+    device, text = model.context.mesh.device, list(tokens)
+    context = 0 if causal else len(tokens) - 1
+    for _ in range(new):
+        place = torch.arange(len(text), device=device)
+        upto: Tensor = (place + 1).clamp(min=context)
+        zero = torch.zeros_like(place)
+        meta = torch.stack([place, zero, zero, upto])[None]
+        hidden = model((torch.tensor([text], device=device), meta, zero[:1]))
+        text.append(int(model.head.logits(hidden[:, -1]).argmax()))
+    return text[len(tokens) :]

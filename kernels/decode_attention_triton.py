@@ -1,0 +1,174 @@
+"""One decoding step of attention in Triton; maths, arguments and the reference are in `decode_attention.py`.
+
+A program reads one share of the visible slots of one row and key-value head, for all query heads of the group at once;
+they stand as the rows of a product, padded to the 16 that it wants. The number of shares is fixed by the shapes and
+their bounds come from the intervals on the device, so a captured graph stays right while a row grows. Shares are put
+together by their maxima and sums in a second small kernel; where there is one share only, the first writes the result.
+
+The token's own key and value are taken from its projection, not from the cache, so that nobody waits for their storing.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton kernels and what torch.library calls back take no annotations
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.decode_attention import check
+from kernels.shared_triton import multiprocessors
+
+LOG2E = 1.4426950408889634
+PROGRAMS = 4  # a multiprocessor: enough loads in flight
+MOST_SHARES = 64
+
+
+@triton.jit
+def _share_kernel(
+    q, key, value, keys, values, place, attend_from, attend_to, out, part, top_of, sum_of, slots, kv_heads, unit,
+    q_row, q_head, key_row, key_head, value_row, value_head, cache_row, cache_slot, cache_head,
+    place_row, from_row, to_row,
+    GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One share of one row and head. unit: scale · log2 e.
+
+    part [rows, kv_heads, SHARES, GROUP, D], top_of and sum_of [rows, kv_heads, SHARES, GROUP], float32, contiguous.
+    """
+    row = (tl.program_id(0) // kv_heads).to(tl.int64)
+    head = tl.program_id(0) % kv_heads
+    share = tl.program_id(1)
+    first = tl.maximum(tl.load(attend_from + row * from_row), 0)
+    last = tl.minimum(tl.load(attend_to + row * to_row), slots)
+    own = tl.load(place + row * place_row)
+    each = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), SHARES), BN) * BN
+    start = first + share * each
+    stop = tl.minimum(start + each, last)
+
+    query, dim = tl.arange(0, BQ), tl.arange(0, BD)
+    dim_mask = dim < D
+    mask = (query < GROUP)[:, None] & dim_mask[None, :]
+    spot = (head * GROUP + query)[:, None] * q_head + dim[None, :]
+    query_tile = tl.load(q + row * q_row + spot, mask=mask, other=0.0)
+    own_key = tl.load(key + row * key_row + head * key_head + dim, mask=dim_mask, other=0.0)
+    own_value = tl.load(value + row * value_row + head * value_head + dim, mask=dim_mask, other=0.0)
+    cached = row * cache_row + head * cache_head + dim
+    storing = dim_mask & (share == 0)
+    tl.store(keys + cached + own.to(tl.int64) * cache_slot, own_key, mask=storing)
+    tl.store(values + cached + own.to(tl.int64) * cache_slot, own_value, mask=storing)
+
+    # The first share begins with the token itself.
+    mine = (share == 0) & (own >= first) & (own < last)
+    score = tl.sum(query_tile.to(tl.float32) * own_key.to(tl.float32)[None, :], 1)
+    top = tl.where(mine, score, float("-inf"))
+    total = tl.zeros([BQ], tl.float32) + tl.where(mine, 1.0, 0.0)
+    acc = tl.zeros([BQ, BD], tl.float32) + tl.where(mine, own_value.to(tl.float32), 0.0)[None, :]
+    for begin in tl.range(start, stop, BN):
+        slot = begin + tl.arange(0, BN)
+        seen = (slot < stop) & (slot != own)
+        at = slot.to(tl.int64)[:, None] * cache_slot + cached[None, :]
+        k = tl.load(keys + at, mask=seen[:, None] & dim_mask[None, :], other=0.0)
+        v = tl.load(values + at, mask=seen[:, None] & dim_mask[None, :], other=0.0)
+        x = tl.dot(query_tile, tl.trans(k), input_precision="ieee")
+        x = tl.where(seen[None, :], x, float("-inf"))
+        new_top = tl.maximum(top, tl.max(x, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.math.exp2((x - base[:, None]) * unit)
+        shrink = tl.math.exp2((top - base) * unit)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+    if SHARES == 1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        at = (row * kv_heads + head) * GROUP * D + query[:, None] * D + dim[None, :]
+        tl.store(out + at, acc, mask=mask)
+    else:
+        line = ((row * kv_heads + head) * SHARES + share) * GROUP + query
+        tl.store(part + line[:, None] * D + dim[None, :], acc, mask=mask)
+        tl.store(top_of + line, top * unit, mask=query < GROUP)
+        tl.store(sum_of + line, total, mask=query < GROUP)
+
+
+@triton.jit
+def _join_kernel(
+    part, top_of, sum_of, out, GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, BD: tl.constexpr
+):
+    """One query head of one row: out = Σ 2^(top − max) part / Σ 2^(top − max) sum over its shares."""
+    line = tl.program_id(0).to(tl.int64)
+    share, dim = tl.arange(0, SHARES), tl.arange(0, BD)
+    at = (line // GROUP * SHARES + share) * GROUP + line % GROUP
+    top = tl.load(top_of + at)
+    highest = tl.max(top, 0)
+    factor = tl.math.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(factor * tl.load(sum_of + at), 0)
+    pieces = tl.load(part + at[:, None] * D + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+    joined = tl.sum(factor[:, None] * pieces, 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + line * D + dim, joined, mask=dim < D)
+
+
+def shares_for(programs: int, slots: int, block: int, processors: int) -> int:
+    """Among how many programs a row's slots are divided: a power of two that fills the device, no finer than blocks."""
+    wanted = triton.cdiv(PROGRAMS * processors, max(1, programs))
+    return min(MOST_SHARES, triton.next_power_of_2(wanted), triton.next_power_of_2(triton.cdiv(slots, block)))
+
+
+@torch.library.custom_op("tiankong::decode_attention", mutates_args=("keys", "values"))
+def _decode(
+    q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, place: Tensor, attend_from: Tensor,
+    attend_to: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    rows, _, heads, dim = q.shape
+    slots, kv_heads = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    block = 32 if q.dtype == torch.float32 else 64
+    shares = shares_for(rows * kv_heads, slots, block, multiprocessors(q.device))
+    kept = rows * heads * shares if shares > 1 else 0
+    part = torch.empty(kept, dim, dtype=torch.float32, device=q.device)
+    top_of, sum_of = (torch.empty(kept, dtype=torch.float32, device=q.device) for _ in range(2))
+    padded = max(16, triton.next_power_of_2(dim))
+    _share_kernel[(rows * kv_heads, shares)](
+        q, key, value, keys, values, place, attend_from, attend_to, out, part, top_of, sum_of, slots, kv_heads,
+        scale * LOG2E,
+        q.stride(0), q.stride(2), key.stride(0), key.stride(2), value.stride(0), value.stride(2), *keys.stride()[:3],
+        place.stride(0), attend_from.stride(0), attend_to.stride(0),
+        GROUP=group, D=dim, SHARES=shares, BQ=max(16, triton.next_power_of_2(group)), BD=padded, BN=block,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if shares > 1:
+        _join_kernel[(rows * heads,)](
+            part, top_of, sum_of, out, GROUP=group, D=dim, SHARES=shares, BD=padded, num_warps=4
+        )
+    return out
+
+
+@_decode.register_fake
+def _(q, key, value, keys, values, place, attend_from, attend_to, scale):
+    return q.new_empty(q.shape)
+
+
+def decode_attention(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    place: Tensor,
+    attend_from: Tensor,
+    attend_to: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """See the reference of the same name; keys and values must have the same strides, and dims lie side by side."""
+    check(q, key, value, keys, values, place, attend_from, attend_to)
+    if keys.stride() != values.stride() or keys.stride(3) != 1:
+        raise ValueError("decode_attention: keys and values are no buffers of one layout; make them by torch.empty")
+    if scale <= 0.0:
+        raise ValueError(f"decode_attention: scale={scale}; the Triton kernel takes a positive one")
+    q, key, value = (part if part.stride(3) == 1 else part.contiguous() for part in (q, key, value))
+    out: Tensor = _decode(q, key, value, keys, values, place, attend_from, attend_to, scale)
+    return out
