@@ -21,11 +21,11 @@ import torch
 
 from data_prep.tokenizer import Tokenizer
 from train.checkpoint.select import read_manifest
+from train.checkpoint.tensor_file import Spec
 from train.cli import compose_train
 from train.config import ModelConfig
 from train.convert.mapping import layouts
 from train.convert.native import write_checkpoint
-from train.convert.tensor_files import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = (("glm_130b", 2), ("huggingface", 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.errors import ConfigError, DataError
 from data_prep.files import sync_folder, write_error
-from train.convert.tensor_files import Spec
+from train.checkpoint.tensor_file import Spec
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from data_prep.errors import ConfigError, DataError
 from data_prep.tokenizer import MODEL_FILE, SPECIALS, Tokenizer
 from train import rules
+from train.checkpoint.tensor_file import Spec
 from train.cli import compose_train
 from train.config import Config, ModelConfig
 from train.convert.config import ConvertConfig
@@ -25,7 +26,6 @@ from train.convert.mapping import Mapping, layouts
 from train.convert.native import write_checkpoint
 from train.convert.registry import format_of
 from train.convert.sources import Ranks, Weights, rank_files, shard_files
-from train.convert.tensor_files import Spec
 from train.convert.vocabulary import Vocabulary
 from train.model.build import DTYPES
 from train.model.parameters import Layout

@@ -12,10 +12,10 @@ from data_prep.files import checksum, write_bytes, write_json
 from data_prep.tokenizer import Tokenizer
 from train.checkpoint.pieces import Piece
 from train.checkpoint.select import write_manifest
+from train.checkpoint.tensor_file import SafetensorsWriter, Spec
 from train.checkpoint.write import VERSION
 from train.config import Config
 from train.convert.folder import shards
-from train.convert.tensor_files import SafetensorsWriter, Spec
 from train.mesh import Mesh
 from train.model.parameters import Layout
 

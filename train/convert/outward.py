@@ -15,6 +15,7 @@ from train import rules
 from train.checkpoint.model import read_config
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import damage, read_manifest
+from train.checkpoint.tensor_file import SafetensorsWriter, Spec
 from train.config import Config
 from train.convert.card import card
 from train.convert.config import BITS, ConvertConfig
@@ -23,7 +24,7 @@ from train.convert.formats import Format
 from train.convert.mapping import Mapping, layouts
 from train.convert.registry import format_of
 from train.convert.sources import ROWS_AT_ONCE
-from train.convert.tensor_files import SafetensorsWriter, Spec, TorchWriter
+from train.convert.tensor_files import TorchWriter
 from train.convert.tokenizers import write_modeling, write_tokenizer
 from train.convert.vocabulary import Vocabulary
 from train.model.build import DTYPES

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from data_prep.errors import ConfigError, DataError
 from kernels.quantised_weight import SCALE_SUFFIX, dequantise
-from train.convert.tensor_files import SafetensorsFile, Spec, TensorFile, TorchFile
+from train.checkpoint.tensor_file import Spec
+from train.convert.tensor_files import SafetensorsFile, TensorFile, TorchFile
 from train.model.build import DTYPES
 from train.model.parameters import Layout
 

@@ -1,4 +1,4 @@
-"""Files of named tensors, read and written one tensor at a time: safetensors, and the zip files of `torch.save`.
+"""Files of named tensors, one tensor at a time: safetensors are read, the zip files of `torch.save` read and written.
 
 Nothing here holds more than one tensor. Reading a torch file unpickles its index only, by torch's weights-only rules: a
 pickle that would run code is refused, and no tensor is loaded with it. The bytes then come from the zip archive, whose
@@ -6,35 +6,26 @@ checksums are compared.
 """
 
 import io
-import json
-import math
 import os
 import pickle
 import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_prep.errors import DataError
 from data_prep.files import write_error
+from train.checkpoint.tensor_file import SAFETENSORS_NAMES, Spec
 
-SAFETENSORS_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-}
-"""Names of the dtypes that this project stores."""
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 _STORAGES = {
     torch.float32: torch.FloatStorage,
@@ -43,25 +34,6 @@ _STORAGES = {
     torch.int8: torch.CharStorage,
 }
 _CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is known of a tensor before its bytes."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk."""
-        return self.numel * self.dtype.itemsize
 
 
 class TensorFile(Protocol):
@@ -141,54 +113,6 @@ class TorchFile:
         return torch.as_strided(data.view(meta.dtype), meta.shape, meta.stride(), meta.storage_offset())
 
 
-class SafetensorsWriter:
-    """Writes a safetensors file: `add` each tensor in the order of the specs, then `close`."""
-
-    def __init__(self, path: Path, specs: Sequence[Spec], metadata: Mapping[str, str]) -> None:
-        """Raises DataError, here and later, where the disk is full."""
-        self.path = path
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        offset = 0
-        for spec in specs:
-            place = [offset, offset + spec.bytes]
-            header[spec.key] = {"dtype": SAFETENSORS_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": place}
-            offset += spec.bytes
-        self._left = list(reversed(specs))
-        self._digest = xxhash.xxh3_128()
-        self._bytes = 0
-        try:
-            self._file = path.open("wb")
-        except OSError as error:
-            raise write_error(path, error) from error
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._write(struct.pack("<Q", len(text)) + text)
-
-    def add(self, tensor: Tensor) -> None:
-        """Append the next tensor."""
-        spec = self._left.pop()
-        self._write(memoryview(_checked(spec, tensor).reshape(-1).view(torch.uint8).numpy()))
-
-    def _write(self, content: bytes | memoryview) -> None:
-        try:
-            self._file.write(content)
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        self._digest.update(content)
-        self._bytes += len(content)
-
-    def close(self) -> dict[str, Any]:
-        """Flush to the disk; returns {"bytes", "checksum"} as a manifest wants them."""
-        assert not self._left, self._left
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        return {"bytes": self._bytes, "checksum": self._digest.hexdigest()}
-
-
 class TorchWriter:
     """Writes `{"module": {key: tensor}}` as `torch.save` would, without ever holding the dictionary."""
 
@@ -204,7 +128,7 @@ class TorchWriter:
     def add(self, tensor: Tensor) -> None:
         """Append the next tensor."""
         spec = self._specs[self._next]
-        whole = _checked(spec, tensor)
+        whole = spec.checked(tensor)
         if whole.untyped_storage().nbytes() != spec.bytes:
             whole = whole.clone()
         with self._refusals():
@@ -263,12 +187,6 @@ def _torch_index(specs: Sequence[Spec]) -> bytes:
     state = {spec.key: _Placed(_Storage(number, spec)) for number, spec in enumerate(specs)}
     _Indexer(buffer, protocol=2).dump({"module": state})
     return buffer.getvalue()
-
-
-def _checked(spec: Spec, tensor: Tensor) -> Tensor:
-    assert tuple(tensor.shape) == spec.shape, (spec, tensor.shape)
-    assert tensor.dtype == spec.dtype, (spec, tensor.dtype)
-    return tensor.contiguous()
 
 
 def _dtype(path: Path, key: str, name: str) -> torch.dtype:
