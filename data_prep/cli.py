@@ -52,12 +52,13 @@ VALUE_KEYS = frozenset(
         "run_dirs",
         "initialize_from",
         "tokenizer.path",
+        "tokenizers",
         "source",
         "target",
     }
 )
 """Keys whose values are paths or free text: quoted before Hydra sees them. `LIST_KEYS` hold lists of such."""
-LIST_KEYS = frozenset({"data.sources", "run_dirs", "tasks", "evaluation.tasks"})
+LIST_KEYS = frozenset({"data.sources", "run_dirs", "tasks", "evaluation.tasks", "tokenizers"})
 
 _QUIET = ["hydra.run.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
 _QUIET += ["hydra/job_logging=none", "hydra/hydra_logging=none"]

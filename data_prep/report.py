@@ -1,7 +1,6 @@
 """What a preparation tells its user: a table on the terminal, and a self-contained page with examples and plots."""
 
 from collections import Counter
-from collections.abc import Sequence
 from html import escape
 
 from rich.box import SIMPLE_HEAD
@@ -9,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from data_prep.clean import REASONS
+from data_prep.html import STYLE, bars, html_table
 from data_prep.manifest import SPLITS, Counts, Manifest
 from data_prep.quality import FIGURES
 from data_prep.tally import BINS, Tally
@@ -90,23 +90,18 @@ def html_report(manifest: Manifest, tally: Tally) -> str:
     split = manifest.split
     moved = ", ".join(split["moved_to_valid"]) or "none"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Dataset</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1c2733}}
-details{{margin:.3rem 0}}pre{{white-space:pre-wrap;background:#f6f8fa;padding:.5rem;margin:.3rem 0}}
-.plots{{display:flex;flex-wrap:wrap;gap:1rem}}figure{{margin:0}}figcaption{{font-size:13px}}
-table{{border-collapse:collapse;margin:1rem 0}}
-td,th{{padding:.25rem .8rem;border-bottom:1px solid #d5dde5;text-align:left}}
-td.n{{text-align:right;font-variant-numeric:tabular-nums}}th{{background:#f2f5f8}}code{{font-size:13px}}</style>
+<style>{STYLE}</style>
 <h1>Dataset</h1>
 <p>Tokenizer: {manifest.tokenizer["pieces"]:,} pieces, sha256 <code>{escape(manifest.tokenizer["sha256"])}</code>.
 Split by {escape(split["key"])}, seed {split["seed"]}, shares {escape(str(split["shares"]))}; pages moved to valid:
 {escape(moved)}.</p>
-<h2>Text</h2>{_html_table(_COLUMNS, rows(manifest))}
-<h2>Stages</h2><p>Documents that are left after each stage.</p>{_html_table(*_stages(tally))}
-<h2>Rejected</h2>{_html_table(("source", "reason", "documents", "meaning"), rejections(manifest))}
+<h2>Text</h2>{html_table(_COLUMNS, rows(manifest))}
+<h2>Stages</h2><p>Documents that are left after each stage.</p>{html_table(*_stages(tally))}
+<h2>Rejected</h2>{html_table(("source", "reason", "documents", "meaning"), rejections(manifest))}
 {_examples(tally)}
 <h2>Length of the documents</h2><p>Characters, in powers of two.</p>{_lengths(tally)}
 {_figures(tally)}{_masked(tally)}
-<h2>Licences</h2>{_html_table(("source", "language", "licence", "documents"), licences)}
+<h2>Licences</h2>{html_table(("source", "language", "licence", "documents"), licences)}
 </html>
 """
 
@@ -155,7 +150,7 @@ def _lengths(tally: Tally) -> str:
         bins = {int(power): count for power, count in table.items() if count}
         if bins:
             labels = [f"2^{power - 1}" for power in range(min(bins), max(bins) + 1)]
-            plots.append(_bars(lang, [bins.get(n, 0) for n in range(min(bins), max(bins) + 1)], labels))
+            plots.append(bars(lang, [bins.get(n, 0) for n in range(min(bins), max(bins) + 1)], labels))
     return f'<div class="plots">{"".join(plots)}</div>'
 
 
@@ -165,14 +160,14 @@ def _figures(tally: Tally) -> str:
         plots = []
         for name, bins in _by_first(Counter(table)).items():
             values = [int(bins.get(str(number), 0)) for number in range(BINS)]
-            plots.append(_bars(f"{name}: {FIGURES[name]}", values, [f"{n / BINS:.2f}" for n in range(BINS)]))
+            plots.append(bars(f"{name}: {FIGURES[name]}", values, [f"{n / BINS:.2f}" for n in range(BINS)]))
         parts.append(f'<h3>{escape(lang)}</h3><div class="plots">{"".join(plots)}</div>')
     return f"<h2>Quality</h2>{''.join(parts)}" if parts else ""
 
 
 def _masked(tally: Tally) -> str:
     lines = [(*key.split("/"), f"{count:,}") for key, count in sorted(tally.masked.items())]
-    return f"<h2>Personal data masked</h2>{_html_table(('language', 'kind', 'times'), lines)}" if lines else ""
+    return f"<h2>Personal data masked</h2>{html_table(('language', 'kind', 'times'), lines)}" if lines else ""
 
 
 def _by_first(counts: Counter[str]) -> dict[str, dict[str, int]]:
@@ -182,36 +177,3 @@ def _by_first(counts: Counter[str]) -> dict[str, dict[str, int]]:
         first, _, rest = key.partition("/")
         tables.setdefault(first, {})[rest] = count
     return tables
-
-
-def _bars(title: str, values: Sequence[int], labels: Sequence[str]) -> str:
-    """A histogram as an SVG picture."""
-    width, height, highest = 14, 90, max(1, *values)
-    bars = "".join(
-        f'<rect x="{n * width}" y="{height - value * height / highest:.1f}" width="{width - 2}" '
-        f'height="{value * height / highest:.1f}" fill="#3b7dd8"><title>{escape(label)}: {value:,}</title></rect>'
-        for n, (value, label) in enumerate(zip(values, labels, strict=True))
-    )
-    across = len(values) * width
-    ends = f'<text x="0" y="{height + 12}">{escape(labels[0])}</text>'
-    if len(labels) > 1:
-        ends += f'<text x="{across}" y="{height + 12}" text-anchor="end">{escape(labels[-1])}</text>'
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg width="{max(across, 80)}" height="{height + 16}" font-size="10">{bars}{ends}</svg></figure>'
-    )
-
-
-def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    if not lines:
-        return "<p>none</p>"
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="n">{escape(cell)}</td>' if cell[:1].isdigit() else f"<td>{escape(cell)}</td>" for cell in line
-        )
-        + "</tr>"
-        for line in lines
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"

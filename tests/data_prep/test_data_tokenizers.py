@@ -12,11 +12,13 @@ import tokenizers
 from data_prep_helpers import document, small_config
 from tokenizer_files import SPECIAL, byte_level, ice_text_model, metaspace
 
+from data_prep.cli import run
 from data_prep.config import TokenizerConfig
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError
 from data_prep.prepare import prepare
 from data_prep.tokenizer import SPECIALS, Tokenizer
+from data_prep.tokenizer_report import TokenizerReportConfig, main, measure, unused
 
 pytestmark = pytest.mark.unit
 TEXTS = [
@@ -197,3 +199,42 @@ def test_shards_are_written_with_it_and_stay_with_it(tmp_path: Path, files: dict
     (tmp_path / "data" / "tokenizer" / "settings.json").unlink()
     with pytest.raises(DataError, match="tokenizer that made the shards"):
         Dataset.open(tmp_path / "data")
+
+
+def test_the_report_counts_what_a_tokenizer_does(files: dict[str, Path]) -> None:
+    """One document of three characters without a piece, held against counts by hand."""
+    tokenizer = Tokenizer.load(files["metaspace"])
+    texts = ["the house and the garden", "𠮷𠮷🙂 the house"]
+    found = measure(tokenizer, texts)
+    ids = [token for text in texts for token in tokenizer.encode(text)]
+    assert found.counts.tolist() == np.bincount(ids, minlength=tokenizer.vocab_size).tolist()
+    assert found.byte_share == pytest.approx(3 * 4 / len(ids))
+    assert (found.characters, found.bytes) == (24 + 13, 24 + 3 * 4 + 10)
+    assert found.uncovered == [("𠮷", 2), ("🙂", 1)]
+    assert found.covered == pytest.approx(1 - 3 / 37)
+    assert (found.unchanged, found.unknown_share) == (1.0, 0.0)
+    pieces, never = unused(tokenizer, found.counts)
+    assert pieces == tokenizer.pieces - 257
+    assert len(never) == pieces - len({token for token in ids if not tokenizer.byte_tokens[token]})
+    # icetk's normaliser changes full-width punctuation, and a prefix on nothing else.
+    ice = measure(Tokenizer.load(files["ice"], image_tokens=20000), ["好：好", "好。"])
+    assert ice.unchanged == 0.5
+
+
+def test_the_report_is_a_page_and_a_table(
+    tmp_path: Path, folder: Path, files: dict[str, Path], source_files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(*words: str) -> int:
+        argv = [f"data.sources=[{source_files[0]},{source_files[1]}]", "characters=2000", *words]
+        return run("tokenizer_report", TokenizerReportConfig, main, program="data_prep.tokenizer_report", argv=argv)
+
+    output = tmp_path / "page.html"
+    assert report(f"tokenizers=[{folder},{files['byte_level']}]", f"output={output}") == 0
+    shown, written = capsys.readouterr().out, output.read_text("utf-8")
+    for name in ("small", "byte_level.json", "(bytes)", "(characters)"):
+        assert name in shown
+        assert name in written
+    assert Tokenizer.load(folder).sha256 in written
+    assert report(f"tokenizers=[{folder},{folder}]") == 2
+    assert report(f"tokenizers={tmp_path}") == 3
+    assert "no tokenizer.model or tokenizer.json" in capsys.readouterr().err
