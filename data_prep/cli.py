@@ -48,6 +48,7 @@ VALUE_KEYS = frozenset(
         "tasks",
         "task_details",
         "evaluation.tasks",
+        "evaluations",
         "output",
         "run_dirs",
         "initialize_from",
@@ -58,7 +59,7 @@ VALUE_KEYS = frozenset(
     }
 )
 """Keys whose values are paths or free text: quoted before Hydra sees them. `LIST_KEYS` hold lists of such."""
-LIST_KEYS = frozenset({"data.sources", "run_dirs", "tasks", "evaluation.tasks", "tokenizers"})
+LIST_KEYS = frozenset({"data.sources", "run_dirs", "tasks", "evaluation.tasks", "tokenizers", "evaluations"})
 
 _QUIET = ["hydra.run.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
 _QUIET += ["hydra/job_logging=none", "hydra/hydra_logging=none"]

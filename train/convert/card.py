@@ -5,9 +5,8 @@ dataset folder where the text came from.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from data_prep.cli import as_yaml
 from data_prep.dataset import Dataset
@@ -16,12 +15,12 @@ from data_prep.files import write_bytes
 from data_prep.manifest import Manifest
 from train.arithmetic import parameters
 from train.config import Config
+from train.convert.card_results import Record, results, table
 from train.convert.config import ConvertConfig
 from train.convert.plot import loss_plot
 from train.report import Run
 from train.run_folder import holds_run
 
-Record = dict[str, Any]
 _USES = {
     "huggingface": (
         "Loads in transformers with the files beside it:\n\n```python\nfrom transformers import AutoModelForCausalLM, "
@@ -36,8 +35,11 @@ _USES = {
 }
 
 
-def card(folder: Path, checkpoint: Path, config: Config, settings: ConvertConfig) -> str:
-    """Text of the card; writes `loss.svg` into `folder` where there is a history to draw."""
+def card(folder: Path, checkpoint: Path, config: Config, settings: ConvertConfig, evaluations: Sequence[Record]) -> str:
+    """Text of the card; writes `loss.svg` into `folder` where there is a history to draw.
+
+    evaluations: outputs of `train.evaluate` to show beside the run's own.
+    """
     step = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["step"]
     run = _run(checkpoint)
     manifest = _manifest(config, checkpoint)
@@ -47,7 +49,8 @@ def card(folder: Path, checkpoint: Path, config: Config, settings: ConvertConfig
         *_notes(config, settings),
         _model(config),
         *([] if manifest is None else [_data(config, manifest)]),
-        *([] if run is None else [_training(run, config, step), *_events(run, step), *_evaluation(run, step)]),
+        *([] if run is None else [_training(run, config, step), *_events(run, step)]),
+        *results(run, step, evaluations),
         *_plot(run, step, folder),
         f"## Config\n\n<details><summary>Every key of the run</summary>\n\n```yaml\n{as_yaml(config)}```\n\n</details>",
     ]
@@ -121,7 +124,7 @@ def _model(config: Config) -> str:
         ("activation", model.activation),
         ("vocabulary", f"{model.padded_vocab_size:,} rows, {'tied' if model.tied_embeddings else 'untied'} head"),
     ]
-    return "## Model\n\n" + _table(("", ""), rows)
+    return "## Model\n\n" + table(("", ""), rows)
 
 
 def _data(config: Config, manifest: Manifest) -> str:
@@ -130,12 +133,12 @@ def _data(config: Config, manifest: Manifest) -> str:
         counts = source.counts["train"]
         licences = "; ".join(f"{name} ({count})" for name, count in sorted(source.licence.items())) or "not stated"
         rows.append((source.name, source.lang, f"{counts.documents:,}", f"{counts.tokens:,}", licences))
-    table = _table(("source", "language", "documents", "tokens", "licences (documents)"), rows)
+    sources = table(("source", "language", "documents", "tokens", "licences (documents)"), rows)
     rejected = sum(count for reasons in manifest.rejected.values() for count in reasons.values())
     tokenizer = manifest.tokenizer
     return (
         f"## Data\n\nThe training split; {rejected:,} documents were rejected. Tokenizer: {tokenizer['pieces']:,} "
-        f"pieces, sha256 `{tokenizer['sha256']}`.\n\n{table}"
+        f"pieces, sha256 `{tokenizer['sha256']}`.\n\n{sources}"
     )
 
 
@@ -155,7 +158,7 @@ def _training(run: Run, config: Config, step: int) -> str:
         ("versions", versions),
         ("seed", str(config.seed)),
     ]
-    return "## Training\n\n" + _table(("", ""), rows)
+    return "## Training\n\n" + table(("", ""), rows)
 
 
 def _events(run: Run, step: int) -> list[str]:
@@ -164,22 +167,7 @@ def _events(run: Run, step: int) -> list[str]:
         for event in run.events
         if (event.get("step") or 0) <= step
     ]
-    return ["## Events\n\n" + _table(("step", "kind", "seen", "action"), rows)] if rows else []
-
-
-def _evaluation(run: Run, step: int) -> list[str]:
-    """The last validation up to the checkpoint's step, or the evaluation of exactly that step."""
-    past = [record for record in run.validation if record["step"] <= step]
-    if not past:
-        return []
-    record = past[-1]
-    parts = {"all": record, **record.get("by_language", {}), **record.get("by_kind", {})}
-    rows = [
-        (name, *(_number(part.get(key)) for key in ("loss", "perplexity", "bits_per_byte", "unigram_loss", "targets")))
-        for name, part in parts.items()
-    ]
-    header = ("", "loss (nats a target)", "perplexity", "bits a byte", "unigram loss", "targets")
-    return [f"## Evaluation\n\nHeld-out text at step {record['step']:,}.\n\n" + _table(header, rows)]
+    return ["## Events\n\n" + table(("step", "kind", "seen", "action"), rows)] if rows else []
 
 
 def _plot(run: Run | None, step: int, folder: Path) -> list[str]:
@@ -188,16 +176,3 @@ def _plot(run: Run | None, step: int, folder: Path) -> list[str]:
         return []
     write_bytes(folder / "loss.svg", svg.encode())
     return ["![loss by step: training, held-out](loss.svg)"]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-    )
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

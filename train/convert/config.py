@@ -37,6 +37,8 @@ class ConvertConfig:
     """fp32, bf16 or fp16; null keeps what is stored, so that nothing is rounded."""
     quantise: str | None = None
     """Writing: int8 or int4 stores the layers' matrices as integers with a scale a row. Reading recognises them."""
+    evaluations: list[str] = field(default_factory=list)
+    """Writing: outputs of `train.evaluate` of this checkpoint, for the model card; a run's own eval.json is found."""
     image_tokens: int = 0
     """Rows before the text pieces in the foreign embedding: 20000 for GLM-130B and the first ChatGLM-6B."""
     shard_gigabytes: float = 5.0

@@ -41,6 +41,8 @@ def read_in(settings: ConvertConfig, source: Path) -> Path:
     """
     if settings.quantise is not None:
         raise ConfigError(f"quantise={settings.quantise} is for writing; {source} is read as it is")
+    if settings.evaluations:
+        raise ConfigError(f"evaluations= is for the card of what is written; {source} is read")
     if not source.is_dir():
         raise DataError(f"source={source}: no such folder")
     found = format_of(settings.format)

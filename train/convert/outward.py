@@ -18,6 +18,7 @@ from train.checkpoint.select import damage, read_manifest
 from train.checkpoint.tensor_file import SafetensorsWriter, Spec
 from train.config import Config
 from train.convert.card import card
+from train.convert.card_results import read_evaluations
 from train.convert.config import BITS, ConvertConfig
 from train.convert.folder import shards, whole_folder
 from train.convert.formats import Format
@@ -46,6 +47,7 @@ class Plan:
     mapping: Mapping
     layouts: dict[str, Layout]
     reader: PieceReader
+    evaluations: list[dict[str, Any]]
 
     @property
     def bits(self) -> int | None:
@@ -115,7 +117,8 @@ def export(settings: ConvertConfig, checkpoint: Path) -> Path:
         write_tokenizer(folder, plan.format, plan.vocabulary, plan.config)
         if plan.format.name == "huggingface":
             write_modeling(folder, plan.vocabulary)
-        write_bytes(folder / "README.md", card(folder, plan.checkpoint, plan.config, settings).encode())
+        text = card(folder, plan.checkpoint, plan.config, settings, plan.evaluations)
+        write_bytes(folder / "README.md", text.encode())
     return target
 
 
@@ -142,7 +145,8 @@ def _plan(settings: ConvertConfig, checkpoint: Path) -> Plan:
     mapping = Mapping(
         found.entries(config.model, vocabulary), {name: layout.full_shape for name, layout in places.items()}
     )
-    return Plan(settings, checkpoint, config, found, vocabulary, mapping, places, reader)
+    evaluations = read_evaluations(settings.evaluations, read_manifest(checkpoint)["step"])
+    return Plan(settings, checkpoint, config, found, vocabulary, mapping, places, reader, evaluations)
 
 
 def _write_ranks(plan: Plan, folder: Path, ranks: list[list[Spec]]) -> None:
