@@ -31,6 +31,7 @@ from launch.plan_search import (
 )
 from train.arithmetic import flops_per_token, hardware_flops_per_token, parameters
 from train.cli import ALIASES
+from train.config import CHOICES, ParallelConfig
 from train.memory import layer_saved_bytes
 from train.rules import check_shape, check_world
 
@@ -120,13 +121,16 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
             raise nothing_fits(Search([], [], 1, chosen), cluster)
     plan |= {"chosen": _record(chosen, config, cluster), "step": asdict(chosen.step)}  # type: ignore[arg-type]
     plan["volumes"] = asdict(_cost(chosen, cluster, shares).volumes())
-    plan["activations_a_layer"] = {mode: layer_saved_bytes(chosen.config, mode) for mode in ("none", "full")}
+    modes = CHOICES["parallel.activation_checkpointing"]
+    plan["activations_a_layer"] = {mode: layer_saved_bytes(chosen.config, mode) for mode in modes}
     plan["failures"] = failures_record(config, cluster)
     plan["what_if"] = what_ifs(config, chosen, cluster, shares)
     return plan
 
 
-def budget(config: PlanConfig, cluster: Cluster, shares: Shares, step_seconds: float, recompute: str) -> Budget:
+def budget(
+    config: PlanConfig, cluster: Cluster, shares: Shares, step_seconds: float, parallel: ParallelConfig
+) -> Budget:
     """Days, cost and utilisation of a run whose step takes so long."""
     model, slots = config.model, config.sequence_length
     rate = config.global_batch_size * slots / step_seconds
@@ -142,7 +146,7 @@ def budget(config: PlanConfig, cluster: Cluster, shares: Shares, step_seconds: f
         step_seconds=step_seconds,
         tokens_per_second=rate,
         mfu=useful * rate / peak,
-        hfu=hardware_flops_per_token(model, slots, recompute) * rate / peak,
+        hfu=hardware_flops_per_token(model, slots, parallel) * rate / peak,
         mfu_attended=flops_per_token(model, slots * shares.attended) * rate / peak,
         days=days,
         petaflop_days=useful * tokens_of(config) / PETAFLOP_DAY,
@@ -182,7 +186,7 @@ def what_ifs(config: PlanConfig, chosen: Candidate, cluster: Cluster, shares: Sh
     rows: list[dict[str, Any]] = []
 
     def row(what: str, other: Cluster, candidate: Candidate, failing: PlanConfig = config) -> None:
-        spent = budget(config, other, shares, candidate.seconds, candidate.config.parallel.activation_checkpointing)
+        spent = budget(config, other, shares, candidate.seconds, candidate.config.parallel)
         good = failures_record(failing, other)
         days = spent.days / good["goodput"]
         layout = candidate.describe()
@@ -255,16 +259,16 @@ def check_plan(config: PlanConfig) -> None:
 
 def _from_utilization(config: PlanConfig, cluster: Cluster, shares: Shares) -> dict[str, Any]:
     """Days from a measured HFU; recomputation as `parallel.activation_checkpointing` says."""
-    recompute, parallel = config.parallel.activation_checkpointing, config.parallel
+    parallel = config.parallel
     assert config.planner.utilization is not None
     peak = cluster.hardware.peak(config.precision.dtype) * cluster.world
-    done = hardware_flops_per_token(config.model, config.sequence_length, recompute)
+    done = hardware_flops_per_token(config.model, config.sequence_length, parallel)
     rate = config.planner.utilization * peak / done
     seconds = config.global_batch_size * config.sequence_length / rate
     candidate = evaluate(config, cluster, shares, timed=False)
     micro_batches = config.global_batch_size / (config.micro_batch_size * candidate.data_parallel)
     stages = parallel.pipeline_parallel
-    chosen = _layout_record(candidate) | asdict(budget(config, cluster, shares, seconds, recompute))
+    chosen = _layout_record(candidate) | asdict(budget(config, cluster, shares, seconds, parallel))
     chosen |= {"micro_batches": micro_batches, "bubble": (stages - 1) / (micro_batches + stages - 1)}
     if cluster.hardware.memory_gib is not None:
         chosen["fits"] = candidate.fits
@@ -274,8 +278,7 @@ def _from_utilization(config: PlanConfig, cluster: Cluster, shares: Shares) -> d
 def _record(candidate: Candidate, config: PlanConfig, cluster: Cluster) -> dict[str, Any]:
     shares = shares_of(config)
     assert candidate.step is not None
-    recompute = candidate.config.parallel.activation_checkpointing
-    spent = budget(config, cluster, shares, candidate.seconds, recompute)
+    spent = budget(config, cluster, shares, candidate.seconds, candidate.config.parallel)
     micro_batches = _cost(candidate, cluster, shares).micro_batches
     return {
         **_layout_record(candidate),
@@ -297,6 +300,7 @@ def _layout_record(candidate: Candidate) -> dict[str, Any]:
         "zero_stage": parallel.zero_stage,
         "sequence_parallel": parallel.sequence_parallel,
         "activation_checkpointing": parallel.activation_checkpointing,
+        "activation_checkpointing_every_layers": parallel.activation_checkpointing_every_layers,
         "micro_batch_size": candidate.config.micro_batch_size,
         "memory_gib": candidate.memory.total / 2**30,
         "memory": candidate.memory.kinds(),

@@ -10,10 +10,20 @@ data-parallel sizes, m micro-batches a step, e bytes of the compute dtype.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.hardware import Hardware
-from train.arithmetic import GATED, head_dim, kv_heads, layer_parameters, layers_per_stage, stage_parameters
+from train.arithmetic import (
+    GATED,
+    flops_per_token,
+    hardware_flops_per_token,
+    head_dim,
+    kv_heads,
+    layer_parameters,
+    layers_per_stage,
+    recomputed_layers,
+    stage_parameters,
+)
 from train.config import Config
 from train.memory import WEIGHT_BYTES, stream_bytes, stream_share, whole_micro_batches
 
@@ -157,8 +167,10 @@ class CostModel:
         config, parallel = self.config, self.config.parallel
         layers = max(layers_per_stage(config.model.num_layers, parallel.pipeline_parallel))
         held = max(stage_parameters(config.model, parallel.pipeline_parallel, parallel.tensor_parallel))
-        # All-reduces a layer, or as much in gathers and scatters; recomputing runs the forward pass's again.
-        passes = 4 + (2 if parallel.activation_checkpointing != "none" else 0) + parallel.sequence_parallel
+        # All-reduces a layer, or as much in gathers and scatters.
+        passes = (
+            4 + parallel.sequence_parallel + self._recomputed_sums() * recomputed_layers(parallel, 0, layers) / layers
+        )
         ring = 2 * (parallel.tensor_parallel - 1) / parallel.tensor_parallel
         per_micro_batch = self._gather_bytes(held)
         return Volumes(
@@ -174,10 +186,10 @@ class CostModel:
         forward, backward = (layers * self._layer_seconds(way) for way in ("forward", "backward"))
         tensor = self._tensor_seconds()
         tensor_forward, tensor_backward = 2 * layers * tensor, layers * self._tensor_backward_seconds(tensor)
-        recompute = 0.0
-        if parallel.activation_checkpointing != "none":
-            recompute = forward
-            tensor_backward += 2 * layers * tensor  # the recomputed layers sum over their ranks again
+        first = sum(layers_per_stage(model.num_layers, stages)[:stage])
+        recomputed = recomputed_layers(parallel, first, layers)
+        recompute = recomputed * self._recompute_seconds()
+        tensor_backward += self._recomputed_sums() * recomputed * tensor
         table = model.padded_vocab_size * model.hidden_size / parallel.tensor_parallel
         if stage == 0:
             tensor_forward += tensor
@@ -216,6 +228,26 @@ class CostModel:
         share = (ATTENTION_DROPOUT if model.attention_dropout else ATTENTION)[way]
         elementwise = self._elementwise_bytes(way) / (self.copy * ELEMENTWISE[way])
         return max(products + flops / (self.product * share) + elementwise, KERNELS[way] * KERNEL_SECONDS)
+
+    def _recompute_seconds(self) -> float:
+        """What one layer computes again: the forward pass, or its branch's share of the operations."""
+        model, parallel = self.config.model, self.config.parallel
+        useful = flops_per_token(model, self.config.sequence_length)
+        every = replace(parallel, activation_checkpointing_every_layers=1)
+        full = replace(every, activation_checkpointing="full")
+        again, whole = (
+            hardware_flops_per_token(model, self.config.sequence_length, one) - useful for one in (every, full)
+        )
+        return self._layer_seconds("forward") * again / whole
+
+    def _recomputed_sums(self) -> float:
+        """All-reduces over the tensor-parallel ranks that a recomputed layer repeats.
+
+        The whole forward pass has two; a branch stops before its own, but gathers its input where that is a share.
+        """
+        parallel = self.config.parallel
+        branch = 0.5 * parallel.sequence_parallel
+        return {"none": 0.0, "full": 2.0}.get(parallel.activation_checkpointing, branch)
 
     def _elementwise_bytes(self, way: str) -> float:
         """Least bytes of a layer's fused kernels, from the heads of `kernels/*.py`."""

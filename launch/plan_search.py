@@ -64,7 +64,8 @@ class Candidate:
     def describe(self) -> str:
         """`TP 4 x PP 8 x DP 24, ZeRO 1, full recompute, micro-batch 1`."""
         parallel = self.config.parallel
-        recompute = parallel.activation_checkpointing
+        recompute, every = parallel.activation_checkpointing, parallel.activation_checkpointing_every_layers
+        recompute += f" (1 layer of {every})" if every > 1 else ""
         shares = ", sequence shares" if parallel.sequence_parallel else ""
         return (
             f"TP {parallel.tensor_parallel} x PP {parallel.pipeline_parallel} x DP {self.data_parallel:g}, "
@@ -153,6 +154,7 @@ def _variants(config: Config, layout: Layout) -> Iterator[Config]:
     zero_stages = (1, 2, 3) if pipeline == 1 else (1,)
     sequence_shares = (False, True) if tensor > 1 else (False,)
     recomputes = CHOICES["parallel.activation_checkpointing"]
+    every = config.parallel.activation_checkpointing_every_layers
     for zero, sequence, recompute in itertools.product(zero_stages, sequence_shares, recomputes):
         parallel = replace(
             config.parallel,
@@ -161,6 +163,7 @@ def _variants(config: Config, layout: Layout) -> Iterator[Config]:
             zero_stage=zero,
             sequence_parallel=sequence,
             activation_checkpointing=recompute,
+            activation_checkpointing_every_layers=1 if recompute == "none" else every,
             overlap_communication=zero > 1,
         )
         for micro in MICRO_BATCHES:

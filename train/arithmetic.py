@@ -15,7 +15,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from train.config import ModelConfig
+from train.config import ModelConfig, ParallelConfig
 
 GATED = ("geglu", "swiglu")
 """Activations whose first FFN matrix has two halves."""
@@ -130,15 +130,30 @@ def flops_per_token(model: ModelConfig, sequence_length: float) -> float:
     return 6.0 * matmul_parameters(model) + _attention_flops(model, sequence_length)
 
 
-def hardware_flops_per_token(model: ModelConfig, sequence_length: float, activation_checkpointing: str) -> float:
-    """FLOPs that the device does for one token (`hfu`): recomputed layers run forward twice, the head never does.
+def hardware_flops_per_token(model: ModelConfig, sequence_length: float, parallel: ParallelConfig) -> float:
+    """FLOPs that the device does for one token (`hfu`): what is recomputed runs forward twice, the head never does.
 
-    With `full`, the layers cost 8 N + 16 L h S in place of 6 N + 12 L h S: MFU is nearly three quarters of HFU.
+    With `full`, the layers cost 8 N + 16 L h S in place of 6 N + 12 L h S: MFU is nearly three quarters of HFU. One
+    branch alone is recomputed without its last product.
     """
-    useful = flops_per_token(model, sequence_length)
-    if activation_checkpointing == "none":
-        return useful
-    return useful + (useful - 6.0 * model.padded_vocab_size * model.hidden_size) / 3.0
+    layer, width = layer_parameters(model), model.num_heads * head_dim(model)
+    core = 4.0 * width * sequence_length
+    again = {
+        "none": 0.0,
+        "full": 2.0 * (layer.attention + layer.ffn) + core,
+        "attention": 2.0 * (layer.attention - model.hidden_size * width) + core,
+        "ffn": 2.0 * (layer.ffn - model.hidden_size * model.ffn_hidden_size),
+    }
+    layers = recomputed_layers(parallel, 0, model.num_layers)
+    return flops_per_token(model, sequence_length) + layers * again[parallel.activation_checkpointing]
+
+
+def recomputed_layers(parallel: ParallelConfig, first: int, count: int) -> int:
+    """How many of the layers [first, first + count) recompute anything: those whose number divides by the config's."""
+    if parallel.activation_checkpointing == "none":
+        return 0
+    every = parallel.activation_checkpointing_every_layers
+    return -(-(first + count) // every) - -(-first // every)
 
 
 def _attention_flops(model: ModelConfig, sequence_length: float) -> float:

@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.activation": ("geglu", "swiglu", "gelu", "gelu_tanh"),
     "model.bias": ("all", "qkv", "none"),
     "model.init": ("xavier", "normal"),
-    "parallel.activation_checkpointing": ("none", "full"),
+    "parallel.activation_checkpointing": ("none", "full", "attention", "ffn"),
     "schedule.kind": ("cosine", "linear", "constant"),
     "precision.dtype": ("fp32", "bf16", "fp16"),
     "optimizer.clip_kind": ("global", "adagc", "zclip"),
@@ -119,7 +119,10 @@ class ParallelConfig:
     zero_stage: int = 1
     """0 plain, 1 optimizer states, 2 and gradients, 3 and parameters divided over the data-parallel ranks."""
     activation_checkpointing: str = "none"
-    """none, or full: keep each layer's input only and recompute the rest in the backward pass."""
+    """What the backward pass computes again in place of keeping it: none; full (a layer is kept as its input alone);
+    attention or ffn (that branch of a layer, from its input, without its last product)."""
+    activation_checkpointing_every_layers: int = 1
+    """Do so in one layer of so many, layers.0 first; the others keep everything."""
     compare_replicas_every_steps: int = 100
     """Compare what several ranks hold alike, bit for bit, each so many steps: a difference ends the run and names the
     parameter and the ranks. 0 switches it off."""

@@ -18,6 +18,7 @@ from train.arithmetic import (
     kv_heads,
     layer_parameters,
     layers_per_stage,
+    recomputed_layers,
     stage_parameters,
 )
 from train.config import Config, ModelConfig
@@ -81,13 +82,13 @@ def _sums_in_place(dtype: str, zero_stage: int) -> bool:
 def layer_saved_bytes(config: Config, recompute: str) -> float:
     """What one layer keeps of one micro-batch for its backward pass.
 
-    recompute: `none`, or `full` (the layer's input alone).
+    recompute: what is not kept, as in parallel.activation_checkpointing.
     """
     size, tensor = WEIGHT_BYTES[config.precision.dtype], config.parallel.tensor_parallel
     if recompute == "full":
         return stream_bytes(config)
     slots = config.micro_batch_size * config.sequence_length
-    return slots * _layer_bytes_per_token(config.model, tensor, stream_share(config), size)
+    return slots * _layer_bytes_per_token(config.model, tensor, stream_share(config), size, recompute)
 
 
 def stream_share(config: Config) -> int:
@@ -101,24 +102,27 @@ def stream_bytes(config: Config) -> float:
     return slots * config.model.hidden_size * WEIGHT_BYTES[config.precision.dtype] / stream_share(config)
 
 
-def _layer_bytes_per_token(model: ModelConfig, tensor: int, share: int, size: int) -> float:
+def _layer_bytes_per_token(model: ModelConfig, tensor: int, share: int, size: int, recompute: str) -> float:
     heads, dim, width = model.num_heads / tensor, head_dim(model), model.ffn_hidden_size / tensor
     shared_kv = kv_heads(model) % tensor != 0
     pairs = 2 * (kv_heads(model) if shared_kv else kv_heads(model) / tensor)
     # Input of both norms' sums and products: the stream, its norm (the same tensor after a post-norm), both branches.
     hidden = 4 * model.hidden_size / share
-    attention = (heads + pairs + heads) * dim  # query, key and value as attention reads them, its output
-    first = (2 if model.activation in GATED else 1) * width
-    # A norm's mean and deviation; attention's log-sum-exp; positions and intervals as int32, the intervals twice where
-    # a batch makes them contiguous.
-    statistics = 4 * (2 * 2 + heads) + 4 * 4
+    statistics = 4.0 * 2 * 2  # each norm's mean and deviation
+    inner = 0.0
+    if recompute != "attention":
+        inner += (heads + pairs + heads) * dim  # query, key and value as attention reads them, its output
+        # Its log-sum-exp; positions and intervals as int32, the intervals twice where a batch makes them contiguous.
+        statistics += 4 * heads + 4 * 4
+    if recompute != "ffn":
+        inner += ((2 if model.activation in GATED else 1) + 1) * width
     if model.norm_placement == "sandwich":
         # Each branch's norm saves its input; the sum of the attention's saves the norm's output as before.
         hidden += 2 * model.hidden_size / share
         statistics += 2 * 2 * 4
     if model.norm_placement not in POST_NORM and model.hidden_dropout:
         hidden += model.hidden_size / share  # the last sum's dropout is not fused and keeps its mask
-    return size * (hidden + attention + first + width) + statistics
+    return size * (hidden + inner) + statistics
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,12 @@ def _stage_memory(
     state = state_bytes(held, dtype, parallel.zero_stage, data_parallel)
     layers = layers_per_stage(model.num_layers, stages)[stage]
     recompute = parallel.activation_checkpointing
+    first = sum(layers_per_stage(model.num_layers, stages)[:stage])
+    recomputed = recomputed_layers(parallel, first, layers)
+    whole, kept = layer_saved_bytes(config, "none"), layer_saved_bytes(config, recompute)
     in_flight = max(1.0, min(float(stages - stage), micro_batches))
     boundary = stream_bytes(config)
-    activations = layers * layer_saved_bytes(config, recompute)
+    activations = (layers - recomputed) * whole + recomputed * kept
     if stage == 0:
         # Token ids; the lookup, which dropout and the first norm save.
         copies = (model.norm_placement in POST_NORM) + (model.hidden_dropout > 0)
@@ -196,8 +203,8 @@ def _stage_memory(
     if stage == stages - 1 and model.norm_placement not in POST_NORM:
         activations += boundary  # the final norm's input
     working = _layer_backward_bytes(config, size)
-    if recompute != "none":
-        working += layer_saved_bytes(config, "none")
+    if recomputed:
+        working += whole if recompute == "full" else whole - kept
     head = _head_bytes(config, size, target_share) if stage == stages - 1 else 0.0
     buffers = _bucket_bytes(config, held, size)
     if stages > 1:
@@ -278,8 +285,10 @@ def largest_holders(config: Config, memory: Memory) -> str:
 def _remedy(config: Config, kind: str) -> str:
     parallel = config.parallel
     fewer = "a smaller micro_batch_size" if config.micro_batch_size > 1 else "more parallel.tensor_parallel"
-    if kind == "activations" and parallel.activation_checkpointing == "none":
+    if kind == "activations" and parallel.activation_checkpointing != "full":
         return "parallel.activation_checkpointing=full"
+    if kind == "activations" and parallel.activation_checkpointing_every_layers > 1:
+        return "a smaller parallel.activation_checkpointing_every_layers"
     if kind in ("activations", "working") and parallel.tensor_parallel > 1 and not parallel.sequence_parallel:
         return "parallel.sequence_parallel=true"
     if kind in ("activations", "working", "head"):

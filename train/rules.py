@@ -128,6 +128,12 @@ def _parallel(config: Config) -> None:
             f"parallel.sequence_parallel=true needs parallel.tensor_parallel={tensor} to be more than 1 and to divide "
             f"sequence_length={config.sequence_length}"
         )
+    every = parallel.activation_checkpointing_every_layers
+    if every < 1 or (every > 1 and parallel.activation_checkpointing == "none"):
+        raise ConfigError(
+            f"parallel.activation_checkpointing_every_layers={every} must be at least 1, and more only with "
+            f"parallel.activation_checkpointing={parallel.activation_checkpointing} other than none"
+        )
     if parallel.pipeline_parallel > 1 and 2 * parallel.pipeline_parallel > model.num_layers + 2:
         # A head alone has matrices but no vectors: ZeRO's norms, one a parameter group, would wait for ever.
         raise ConfigError(

@@ -78,9 +78,9 @@ def test_glm_130b_own_run_follows_from_its_hfu():
     assert chosen["mfu"] == pytest.approx(0.325, abs=0.005)
     assert chosen["bubble"] == pytest.approx(7 / 183)
     assert chosen["micro_batches"] == 176
-    assert 4224 * 2048 * hardware_flops_per_token(config.model, 2048, "full") / 768 / 88.5 / 1e12 == pytest.approx(
-        134, abs=3
-    )
+    assert 4224 * 2048 * hardware_flops_per_token(
+        config.model, 2048, config.parallel
+    ) / 768 / 88.5 / 1e12 == pytest.approx(134, abs=3)
 
 
 SHAPE = ("model=1b", "model.tied_embeddings=false", "model.hidden_dropout=0", "model.attention_dropout=0")
@@ -156,6 +156,21 @@ def test_a_step_adds_up_and_slower_links_slow_it():
     slower = evaluate(config, halved, shares)
     assert slower.step is not None
     assert slower.step.tensor == pytest.approx(2 * base.step.tensor, rel=0.1)
+
+
+def test_recomputing_a_branch_lies_between_none_and_all():
+    def costs(mode: str, every: int = 1) -> tuple[float, float]:
+        words = [f"parallel.activation_checkpointing={mode}", f"parallel.activation_checkpointing_every_layers={every}"]
+        config = planned("experiment=glm_130b", "cluster=a100_96x8", *words)
+        found = evaluate(config, planner.cluster_of(config), planner.shares_of(config))
+        return found.seconds, found.memory.activations
+
+    none, full = costs("none"), costs("full")
+    for part in (costs("ffn"), costs("attention"), costs("full", 3)):
+        assert none[0] < part[0] < full[0]
+        assert none[1] > part[1] > full[1]
+    # The first stage keeps most micro-batches; of its layers 0 to 7 every third is recomputed.
+    assert costs("full", 3)[1] == pytest.approx((5 * none[1] + 3 * full[1]) / 8)
 
 
 def test_the_mixture_leaves_half_of_the_pairs():

@@ -15,9 +15,10 @@ from train.arithmetic import (
     model_flops_utilization,
     parameters,
     peak_flops,
+    recomputed_layers,
     stage_parameters,
 )
-from train.config import ModelConfig
+from train.config import ModelConfig, ParallelConfig
 
 pytestmark = pytest.mark.unit
 
@@ -129,12 +130,24 @@ def test_flops_of_a_step_measured_elsewhere():
 
 def test_glm_130b_reported_134_tflops_and_its_mfu_is_three_quarters_of_its_hfu():
     useful = flops_per_token(GLM_130B, 2048)
-    done = hardware_flops_per_token(GLM_130B, 2048, "full")
+    done = hardware_flops_per_token(GLM_130B, 2048, ParallelConfig(activation_checkpointing="full"))
     assert useful / done == pytest.approx(0.75, abs=0.005)
-    assert hardware_flops_per_token(GLM_130B, 2048, "none") == useful
+    assert hardware_flops_per_token(GLM_130B, 2048, ParallelConfig()) == useful
     tokens_per_second = 4224 * 2048 / 88.5 / 768
     assert useful * tokens_per_second / 312e12 == pytest.approx(0.325, abs=0.01)
     assert done * tokens_per_second / 1e12 == pytest.approx(134, abs=3)
+
+
+def test_recomputed_parts_count_once_more():
+    def again(mode: str, every: int = 1) -> float:
+        parallel = ParallelConfig(activation_checkpointing=mode, activation_checkpointing_every_layers=every)
+        return hardware_flops_per_token(GLM_130B, 2048, parallel) - flops_per_token(GLM_130B, 2048)
+
+    # A branch is computed up to the input of its last product, 2 x 12288^2 and 2 x 12288 x 32768 FLOPs a layer.
+    last = 70 * 2 * (12288**2 + 12288 * 32768)
+    assert again("attention") + again("ffn") + last == pytest.approx(again("full"))
+    assert again("full", 3) / again("full") == pytest.approx(24 / 70)
+    assert [recomputed_layers(ParallelConfig(1, 1, False, 1, "ffn", 3), first, 4) for first in range(4)] == [2, 1, 1, 2]
 
 
 def test_attended_pairs_alone_count_less():

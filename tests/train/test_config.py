@@ -237,6 +237,11 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("cluster.nodes", {"cluster__nodes": 2}, None),
     ("parallel.tensor_parallel", {"parallel__tensor_parallel": 4}, 6),
     ("parallel.sequence_parallel", {"parallel__sequence_parallel": True}, None),
+    (
+        "parallel.activation_checkpointing_every_layers",
+        {"parallel__activation_checkpointing_every_layers": 2},
+        None,
+    ),
     ("global_batch_size", {"micro_batch_size": 3}, 1),
     (
         "schedule.rampup_start",

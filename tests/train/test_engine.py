@@ -60,11 +60,12 @@ def test_a_ramped_batch_counts_each_sample_alike() -> None:
 
 
 def test_recomputed_activations_change_nothing() -> None:
-    full = ["parallel.activation_checkpointing=full", *DROPOUT]
-    kept, recomputed = curves(1, [DROPOUT, full], 6)
-    assert recomputed == kept
-    kept, recomputed = curves(2, [[PIPELINE, *DROPOUT], [PIPELINE, *full]], 6)
-    assert recomputed == kept
+    modes = [["none"], ["full"], ["attention"], ["ffn"], ["full", "parallel.activation_checkpointing_every_layers=3"]]
+    words = [[f"parallel.activation_checkpointing={name}", *rest, *DROPOUT] for name, *rest in modes]
+    pre = ["model.norm_placement=sandwich", "micro_batch_size=4"]
+    for world, layout in ((1, pre), (2, [PIPELINE]), (2, [TENSOR, "parallel.sequence_parallel=true", *pre])):
+        kept, *recomputed = curves(world, [[*layout, *mode] for mode in words], 3)
+        assert recomputed == [kept] * (len(modes) - 1), layout
 
 
 @pytest.mark.parametrize("layout", [[], [TENSOR], [PIPELINE], ["parallel.zero_stage=2"], ["parallel.zero_stage=3"]])

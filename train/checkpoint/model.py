@@ -52,6 +52,7 @@ def load_trained(
     config = read_config(folder / "config.yaml")
     config.parallel.tensor_parallel, config.parallel.pipeline_parallel = mesh.tensor, 1
     config.parallel.activation_checkpointing, config.parallel.sequence_parallel = "none", False
+    config.parallel.activation_checkpointing_every_layers = 1
     reader, config.lora = MergedReader(folder, config.lora), LoraConfig()
     dtype = DTYPES[config.precision.dtype]
     if device.type == "cpu":

@@ -93,7 +93,8 @@ class Model(nn.Module):
             query_key_gain=config.stability.stress.query_key_gain,
             z_loss=config.loss.z_loss,
             softcap=config.loss.softcap,
-            recompute=config.parallel.activation_checkpointing == "full",
+            recompute=config.parallel.activation_checkpointing,
+            recompute_every=config.parallel.activation_checkpointing_every_layers,
             sequence_parallel=config.parallel.sequence_parallel and mesh.tensor > 1,
         )
         bounds = stage_bounds(config.model.num_layers, mesh.pipeline)

@@ -50,7 +50,9 @@ class Context:
     query_key_gain: float = 1.0
     z_loss: float = 0.0
     softcap: float = 0.0
-    recompute: bool = False
+    recompute: str = "none"
+    """parallel.activation_checkpointing, in the layers whose number divides by recompute_every."""
+    recompute_every: int = 1
     sequence_parallel: bool = False
     """Whether each tensor-parallel rank holds a share of the sequence between the products."""
 

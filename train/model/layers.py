@@ -5,6 +5,7 @@ Maths of the default: GLM-130B (arXiv 2210.02414, section 2.1), a post-norm laye
 residual comes from the norm's output; a layer takes the normalised input and returns the next layer's.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -212,28 +213,37 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """What the two placements share: the branches, their dropout, and recomputation."""
+    """What the two placements share: the branches, their dropout, and recomputation.
+
+    Recomputing a branch stops at the last tensor that its backward pass needs, before its last product and the sum over
+    the tensor-parallel ranks.
+    """
 
     def __init__(self, context: Context, index: int) -> None:
         super().__init__()
         self.context, self.index = context, index
+        self.recomputed = context.recompute if index % context.recompute_every == 0 else "none"
         self.attention = Attention(context, index)
         self.ffn = FeedForward(context, index)
         self.post_norm = Norm(context, f"layers.{index}.post_attention_norm")
 
     def forward(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> State:
         """One layer on a `State`'s parts."""
-        if self.context.recompute and self.training and torch.is_grad_enabled():
-            # Addressed dropout repeats itself, so there is no generator state to save.
-            hidden = checkpoint(self.run, hidden, meta, sample_index, use_reentrant=False, preserve_rng_state=False)
-        else:
-            hidden = self.run(hidden, meta, sample_index)
+        hidden = self._kept("full", self.run, hidden, meta, sample_index)
         self.context.probe.note(f"layers.{self.index}.norms", hidden)
         return hidden, meta, sample_index
 
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
         """The layer's maths, [B,S,H] -> [B,S,H]."""
         raise NotImplementedError("PostNormLayer and PreNormLayer define it")
+
+    def _kept(self, part: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """function(*inputs), of which the backward pass keeps the inputs alone where this part is recomputed."""
+        if self.recomputed != part or not (self.training and torch.is_grad_enabled()):
+            return function(*inputs)
+        # Addressed dropout repeats itself, so there is no generator state to save.
+        result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return result
 
     def _drop(self, site: str, hidden: Tensor, sample_index: Tensor) -> Dropout | None:
         return self.context.hidden_dropout(self, self.index, site, hidden, sample_index)
@@ -252,7 +262,7 @@ class PostNormLayer(Layer):
 
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
         alpha = self.context.residual_scale
-        branch = self.attention(hidden, meta, sample_index)
+        branch = self._kept("attention", self.attention, hidden, meta, sample_index)
         middle = self.post_norm.after(
             hidden,
             branch,
@@ -260,7 +270,7 @@ class PostNormLayer(Layer):
             alpha=alpha,
             dropout=self._drop("attention_output", hidden, sample_index),
         )
-        branch = self.ffn(middle)
+        branch = self._kept("ffn", self.ffn, middle)
         return self.next_norm.after(
             middle, branch, self.ffn.second_bias, alpha=alpha, dropout=self._drop("ffn", hidden, sample_index)
         )
@@ -281,12 +291,12 @@ class PreNormLayer(Layer):
         self.ffn_norm = Norm(context, f"layers.{index}.mlp_output_norm") if second else None
 
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
-        branch = self.attention(self.input_norm(hidden), meta, sample_index)
+        branch = self._kept("attention", self.attention, self.input_norm(hidden), meta, sample_index)
         branch, bias = _normed(self.attention_norm, branch, self.attention.dense_bias)
         middle, hidden = self.post_norm.after(
             hidden, branch, bias, dropout=self._drop("attention_output", hidden, sample_index), return_sum=True
         )
-        branch, bias = _normed(self.ffn_norm, self.ffn(middle), self.ffn.second_bias)
+        branch, bias = _normed(self.ffn_norm, self._kept("ffn", self.ffn, middle), self.ffn.second_bias)
         (bias,) = self.context.replicated(bias)
         return _add(hidden, branch, bias, self._drop("ffn", hidden, sample_index))
 
