@@ -1,5 +1,6 @@
 """An opened dataset folder: its manifest, tokenizer and token streams, checked before anything is read from them."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -46,8 +47,10 @@ class Stream:
 class Dataset:
     """A complete dataset folder. Opens its memory maps on first use, so it survives pickling and fork."""
 
-    def __init__(self, folder: Path, manifest: Manifest, tokenizer: Tokenizer, shards: dict[str, Shard]) -> None:
-        """Use `Dataset.open`."""
+    def __init__(
+        self, folder: Path, manifest: Manifest, tokenizer: Tokenizer, shards: dict[tuple[str, str], Shard]
+    ) -> None:
+        """Use `Dataset.open`. shards: by path and split."""
         self.folder = folder
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -71,6 +74,8 @@ class Dataset:
         for stream in manifest.sources:
             for info in stream.shards:
                 shard = Shard(folder / info.path)
+                if info.first_document is not None and os.path.getsize(f"{shard.prefix}.bin") == info.bytes:
+                    shard = shard.part(info.first_document, info.documents)
                 if (shard.tokens, shard.documents) != (info.tokens, info.documents):
                     raise DataError(
                         f"{folder / info.path}.bin: {shard.tokens} tokens in {shard.documents} documents, but the "
@@ -79,7 +84,7 @@ class Dataset:
                 if verify:
                     _check(folder / f"{info.path}.bin", info.checksum)
                     _check(folder / f"{info.path}.idx", info.index_checksum)
-                shards[info.path] = shard
+                shards[info.path, info.split] = shard
         if verify:
             _check(folder / "unigram.npy", manifest.unigram_checksum)
         return Dataset(folder, manifest, tokenizer, shards)
@@ -94,7 +99,7 @@ class Dataset:
         text: list[Stream | InstructionStream] = []
         instructions: list[Stream | InstructionStream] = []
         for info in self.manifest.sources:
-            shards = [self._shards[shard.path] for shard in info.shards if shard.split == split]
+            shards = [self._shards[shard.path, shard.split] for shard in info.shards if shard.split == split]
             if info.content == "text":
                 text.append(Stream(info, shards, sequence_length - 1))
             else:

@@ -44,16 +44,18 @@ class ShardInfo:
     """One `.bin`/`.idx` pair."""
 
     path: str
-    """Relative to the folder, without `.bin`."""
+    """Without `.bin`, relative to the folder; absolute for a file that was adopted where it lies."""
     split: str
     bytes: int
     """Size of the `.bin`."""
     tokens: int
-    documents: int
-    checksum: str
+    documents: int = 0
+    checksum: str = ""
     """xxh3-128 of the `.bin`."""
-    index_checksum: str
+    index_checksum: str = ""
     """xxh3-128 of the `.idx`."""
+    first_document: int | None = None
+    """Of an adopted file, the first of its documents that are in this split; None: the whole file is."""
 
 
 @dataclass

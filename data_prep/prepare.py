@@ -17,6 +17,7 @@ from data_prep.executors import Progress, check_machine, run_stages
 from data_prep.files import fingerprint, folder_lock, write_error, write_json
 from data_prep.manifest import FILE, SPLITS, Manifest
 from data_prep.quality import limits_of
+from data_prep.shards import Shard
 from data_prep.sources import Source, resolve_sources
 from data_prep.steps.split import page_of, split_of
 from data_prep.steps.work import Work, plan_tasks
@@ -44,6 +45,14 @@ def prepare(config: PrepConfig, progress: Progress = lambda stage, done, total: 
     limits_of(config.data.cleaning.limits)
     sources = resolve_sources(config.data)
     loaded = given_tokenizer(config.tokenizer)
+    adopted = [source for source in sources if source.adopted]
+    if adopted and loaded is None:
+        raise ConfigError(
+            f"data.sources: {adopted[0].files[0]} holds tokens; give the tokenizer that made them as tokenizer.path"
+        )
+    for source in adopted:
+        for path in source.files:
+            Shard(path.with_suffix(""))  # a damaged one is named before any work is done
     recipe = _recipe(config, sources, loaded)
     if (folder / FILE).exists() and not config.data.overwrite:
         manifest = _reusable(folder, recipe)

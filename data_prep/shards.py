@@ -8,6 +8,7 @@ document (int64). A document of text is one sequence and ends with eod; one of i
 import os
 import struct
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,19 @@ class Shard:
             raise DataError(f"{index}: not an index of a .bin/.idx shard (its first bytes are {header[:9]!r})")
         version, code, self.sequences, document_marks = struct.unpack("<QBQQ", header[len(MAGIC) :])
         if version != 1 or code not in DTYPES:
-            raise DataError(f"{index}: version {version} and token type {code} are unknown; version 1 is read here")
+            raise DataError(
+                f"{index}: version {version} with token type {code} is not read here, only version 1 with types "
+                f"{', '.join(map(str, DTYPES))}"
+            )
         self.documents = document_marks - 1
+        self._marks = document_marks
+        self._first_sequence = self._first_token = 0
         self.dtype = np.dtype(DTYPES[code])
         self._offset = len(header)
+        self._all_sequences = self.sequences
         expected = self._offset + self.sequences * 12 + document_marks * 8
         if index_bytes != expected:
-            raise DataError(f"{index}: {index_bytes} bytes instead of {expected}: truncated or damaged; prepare again")
+            raise DataError(f"{index}: {index_bytes} bytes instead of {expected}: truncated or damaged; write it anew")
         self.tokens = bin_bytes // self.dtype.itemsize
         self._map: NDArray[Any] | None = None
         end = 0
@@ -128,7 +135,7 @@ class Shard:
             end = int(pointers[-1]) + int(sizes[-1]) * self.dtype.itemsize
         if bin_bytes != end:
             raise DataError(
-                f"{self.prefix}.bin: {bin_bytes} bytes, but its index says {end}: truncated or damaged; prepare again"
+                f"{self.prefix}.bin: {bin_bytes} bytes, but its index says {end}: truncated or damaged; write it anew"
             )
 
     def __getstate__(self) -> dict[str, object]:
@@ -136,19 +143,59 @@ class Shard:
 
     def sizes(self) -> NDArray[np.int32]:
         """Tokens of each sequence, int32 [sequences]."""
-        return np.memmap(self.prefix + ".idx", np.int32, "r", self._offset, (self.sequences,))
+        sizes = np.memmap(self.prefix + ".idx", np.int32, "r", self._offset, (self._all_sequences,))
+        return sizes[self._first_sequence : self._first_sequence + self.sequences]
 
     def pointers(self) -> NDArray[np.int64]:
         """Byte offset of each sequence in the `.bin`, int64 [sequences]."""
-        return np.memmap(self.prefix + ".idx", np.int64, "r", self._offset + 4 * self.sequences, (self.sequences,))
+        offset = self._offset + 4 * self._all_sequences
+        pointers = np.memmap(self.prefix + ".idx", np.int64, "r", offset, (self._all_sequences,))
+        return pointers[self._first_sequence : self._first_sequence + self.sequences]
+
+    def document_marks(self) -> NDArray[np.int64]:
+        """First sequence of each document of the whole file, and the number of sequences; int64 [documents + 1]."""
+        offset = self._offset + 12 * self._all_sequences
+        return np.memmap(self.prefix + ".idx", np.int64, "r", offset, (self._marks,))
+
+    def document_starts(self) -> NDArray[np.int64]:
+        """First token of each document of the whole file, and the number of tokens; int64 [documents + 1]."""
+        marks = np.asarray(self.document_marks())
+        if not (marks[0] == 0 and marks[-1] == self._all_sequences and (np.diff(marks) >= 0).all()):
+            raise DataError(f"{self.prefix}.idx: its list of documents is damaged; write it anew")
+        sizes = np.asarray(self.sizes(), dtype=np.int64)
+        return np.concatenate([[0], sizes.cumsum()])[marks]
+
+    def part(self, first: int, documents: int) -> "Shard":
+        """`documents` documents from number `first` on, as a shard of its own over the same files."""
+        marks = self.document_marks()
+        begin, end = int(marks[first]), int(marks[first + documents])
+        edges = [
+            int(self.pointers()[mark]) // self.dtype.itemsize if mark < self.sequences else self.tokens
+            for mark in (begin, end)
+        ]
+        part = copy(self)
+        part.documents, part.sequences, part.tokens = documents, end - begin, edges[1] - edges[0]
+        part._first_sequence, part._first_token, part._map = begin, edges[0], None
+        return part
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens `start` … `start + length`, int64 [length], across document ends."""
         if self._map is None:
             # A plain view: slicing numpy's memmap class costs several microseconds a read.
-            self._map = np.memmap(self.prefix + ".bin", self.dtype, "r").view(np.ndarray)
+            self._map = self._opened()
+        start += self._first_token
         return self._map[start : start + length].astype(np.int64)
+
+    def tokens_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens at single places of the whole file, int64 as `places`."""
+        return self._opened()[places].astype(np.int64) if len(places) else np.zeros(0, dtype=np.int64)
+
+    def _opened(self) -> NDArray[Any]:
+        if not os.path.getsize(self.prefix + ".bin"):
+            return np.zeros(0, dtype=self.dtype)
+        return np.memmap(self.prefix + ".bin", self.dtype, "r").view(np.ndarray)
 
     def document(self, number: int) -> NDArray[np.int64]:
         """All tokens of a sequence: a document of text with its eod, or a prompt, or an answer."""
-        return self.read(int(self.pointers()[number]) // self.dtype.itemsize, int(self.sizes()[number]))
+        start = int(self.pointers()[number]) // self.dtype.itemsize - self._first_token
+        return self.read(start, int(self.sizes()[number]))

@@ -1,5 +1,7 @@
 """Sources and their documents: json lines (plain, gzip, zstd), plain text, parquet, and data sets of a hub.
 
+Token shards that others wrote are sources without documents (`Source.adopted`).
+
 Text files are read line by line here, not through `datasets`, because an error must name the file and the line; parquet
 and hub data stream through `datasets`. What cannot be used comes out as a `Rejected` with its reason.
 """
@@ -9,7 +11,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,11 +22,13 @@ from data_prep.config import DataConfig
 from data_prep.errors import ConfigError, DataError
 from data_prep.language import language_code
 from data_prep.templates import fields_of, render
+from data_prep.zstd_lines import WholeZstd
 
 BUNDLED = Path(__file__).parent / "corpus"
 _JSON = (".jsonl", ".json", ".ndjson")
 _TEXT = (".txt", ".md", ".text")
 _PACKED = (".gz", ".zst")
+_TOKENS = (".bin", ".idx")
 _ENTRY_KEYS = (
     "path",
     "hub",
@@ -86,6 +90,11 @@ class Source:
     """Pieces of work that read a hub data set."""
     hub_shard: int = 0
     """Which of these pieces this is."""
+
+    @property
+    def adopted(self) -> bool:
+        """Whether its files are token shards, which are used where they lie."""
+        return bool(self.files) and self.files[0].suffix == ".bin"
 
     @property
     def content(self) -> str:
@@ -172,7 +181,7 @@ def _resolve(entry: Any, config: DataConfig) -> Source:
         raise ConfigError(f"data.sources: an entry needs either path or hub, but got {fields}")
     files: tuple[Path, ...] = ()
     if path is not None:
-        files = _find(str(path))
+        files = _token_files(_find(str(path)), fields)
     weight = fields.get("weight")
     if weight is not None and not (isinstance(weight, int | float) and weight >= 0):
         raise ConfigError(f"data.sources: weight={weight} must be a number ≥ 0")
@@ -219,10 +228,27 @@ def _find(path: str) -> tuple[Path, ...]:
     return files
 
 
+def _token_files(files: tuple[Path, ...], fields: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The `.bin` of each `.bin`/`.idx` pair; other files as they are. Raises ConfigError for an entry that mixes them,
+    or asks for what needs the text."""
+    tokens = [file for file in files if file.suffix in _TOKENS]
+    if not tokens:
+        return files
+    if len(tokens) < len(files):
+        other = next(file for file in files if file.suffix not in _TOKENS)
+        raise ConfigError(f"data.sources: {fields['path']} holds token shards and others ({other}); give two entries")
+    for key in ("template", "cap"):
+        if fields.get(key) is not None:
+            raise ConfigError(f"data.sources: {key} needs text, but {fields['path']} holds tokens; leave it out")
+    if not fields.get("lang"):
+        raise ConfigError(f"data.sources: {fields['path']} holds tokens; say their language, such as lang: zh")
+    return tuple(sorted({file.with_suffix(".bin") for file in tokens}))
+
+
 def _stem(path: Path) -> str:
     """File name without its known endings: zh.jsonl.gz → zh."""
     name = path.name
-    for suffix in (*_PACKED, *_JSON, *_TEXT, ".parquet"):
+    for suffix in (*_PACKED, *_JSON, *_TEXT, *_TOKENS, ".parquet"):
         name = name.removesuffix(suffix)
     return name
 
@@ -272,57 +298,8 @@ def _unpacked(path: Path, raw: IO[bytes]) -> Any:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".zst":
-        return _WholeZstd(raw)
+        return WholeZstd(raw)
     return raw
-
-
-class _WholeZstd:
-    """Line reader over zstd frames that, unlike the library's own, notices when the last frame is cut off."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._open = False
-        self._buffer = b""
-
-    def __enter__(self) -> "_WholeZstd":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def readline(self, limit: int) -> bytes:
-        pieces = [self._buffer]
-        size = len(self._buffer)
-        end = self._buffer.find(b"\n")
-        while end < 0 and size < limit:
-            more = self._more()
-            if not more:
-                break
-            at = more.find(b"\n")
-            end = size + at if at >= 0 else -1
-            pieces.append(more)
-            size += len(more)
-        whole = b"".join(pieces)
-        cut = min(end + 1 if end >= 0 else len(whole), limit)
-        self._buffer = whole[cut:]
-        return whole[:cut]
-
-    def _more(self) -> bytes:
-        """Next non-empty decompressed piece, or b"" at the end of the last frame."""
-        while True:
-            packed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-                self._open = False
-            packed = packed or self._raw.read(1 << 16)
-            if not packed:
-                if self._open:
-                    raise EOFError("the last frame has no end")
-                return b""
-            self._open = True
-            if out := self._frame.decompress(packed):
-                return bytes(out)
 
 
 def _read_json_lines(path: Path, source: Source, config: DataConfig) -> Iterator[Document | Rejected]:

@@ -80,7 +80,8 @@ class ReadTask(Step):
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """See `data_prep.sources.read_documents`, whose errors stop the rank."""
-        for item in read_documents(self.work.tasks[rank], self.work.config.data):
+        source = self.work.tasks[rank]
+        for item in () if source.adopted else read_documents(source, self.work.config.data):
             self.stat_update("read")
             if isinstance(item, Rejected):
                 place = {"file": item.file, "line": item.line, "reason": item.reason, "detail": item.detail}
@@ -229,6 +230,9 @@ class WriteClean(Step):
                 stream = list(writers).index(lang)
                 place = fields["line"], files.get(fields["file"], 0)
                 rows.append((key >> 64, key & (1 << 64) - 1, *place, stream, is_signed))
+        if self.work.tasks[rank].adopted:
+            # A language without a document: the stages after this one find the stream, and nothing to do in it.
+            writers[str(self.work.tasks[rank].lang)] = None
         documents = np.array(rows, dtype=DOCUMENT)
         if not files and not len(documents):
             raise DataError(f"hub:{self.work.tasks[rank].hub}: no usable document in it")

@@ -103,14 +103,16 @@ def _join_stream(work: Work, key: str, parts: list[tuple[int, str]]) -> StreamIn
             whole.counts[split] = whole.counts[split].plus(Counts(**part["counts"][split]))
         for shard in part["shards"]:
             info = ShardInfo(**shard)
+            whole.shards.append(info)
+            if info.first_document is not None:
+                continue
             source, info.path = made / info.path, f"{info.split}/{key}-{numbers[info.split]:05d}"
             numbers[info.split] += 1
             for suffix in (".bin", ".idx"):
                 _move(source.with_name(source.name + suffix), work.folder / f"{info.path}{suffix}")
-            whole.shards.append(info)
     assert whole is not None
     whole.licence = dict(sorted(licences.items()))
-    whole.shards.sort(key=lambda shard: shard.path)
+    whole.shards.sort(key=lambda shard: (shard.path, shard.first_document or 0))
     return whole
 
 

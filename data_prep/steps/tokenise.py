@@ -15,6 +15,7 @@ from data_prep.errors import ConfigError, DataError
 from data_prep.files import checksum, write_error, write_json
 from data_prep.manifest import SPLITS, Counts, ShardInfo, StreamInfo
 from data_prep.shards import ShardWriter, token_dtype
+from data_prep.steps.adopt import adopt
 from data_prep.steps.clean import Step, rejected_line
 from data_prep.steps.split import Splitter, pages_to_move, streams_of
 from data_prep.steps.work import DROP_REASONS, Work, load
@@ -32,7 +33,7 @@ class Learn(Step):
         """Ends the pipeline: yields nothing."""
         work, config = self.work, self.work.config
         streams = streams_of(work)
-        if not any(len(work.documents(task)) for task in range(len(work.tasks))):
+        if not any(source.adopted or len(work.documents(task)) for task, source in enumerate(work.tasks)):
             raise DataError("data.sources: no document is left after cleaning; see .work/clean/*/rejected.jsonl.gz")
         with work.output("learn", 0) as folder:
             moved = pages_to_move(work)
@@ -67,9 +68,12 @@ class Tokenise(Step):
         try:
             with work.output("tokenise", rank) as folder:
                 streams = []
-                for lang in work.languages(rank):
+                source, shares = work.tasks[rank], work.config.data.split_shares
+                for lang in () if source.adopted else work.languages(rank):
                     with self.track_time("stream"):
                         streams.append(asdict(_write_stream(work, rank, lang, tokenizer, unigram, folder)))
+                if source.adopted:
+                    streams.append(asdict(adopt(source, shares, tokenizer, unigram)))
                 write_json(folder / "streams.json", streams)
                 np.save(folder / "unigram.npy", unigram)
                 self._keep_dropped(rank, folder)

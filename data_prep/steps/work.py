@@ -73,7 +73,9 @@ class Work:
                 yield record
 
     def cleaned(self, rank: int, lang: str) -> Iterator[dict[str, Any]]:
-        """All cleaned documents of a rank in one language, in their order."""
+        """All cleaned documents of a rank in one language, in their order; none of token shards that are adopted."""
+        if self.tasks[rank].adopted:
+            return
         with (
             open(self.path("clean", rank) / f"{lang}.jsonl.zst", "rb") as raw,
             zstandard.ZstdDecompressor().stream_reader(raw) as reader,
