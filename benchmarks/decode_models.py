@@ -43,6 +43,11 @@ class Ids:
         """As `data_prep.tokenizer.Tokenizer`'s."""
         return {special: self.pieces + offset for offset, special in enumerate(SPECIALS)}
 
+    @property
+    def no_text_ranges(self) -> list[slice]:
+        """As `data_prep.tokenizer.Tokenizer`'s: every id behind the pieces."""
+        return [slice(self.pieces, None)]
+
     def __getattr__(self, name: str) -> int:
         ids = {special.lower(): place for special, place in self.special_ids.items()}
         if name == "vocab_size":

@@ -96,7 +96,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             return about | {"reason": f"took longer than {options.timeout} s"}
         if done.returncode == 0:
             return about | json.loads(done.stdout.splitlines()[-1])
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
+        errors = [line for line in done.stderr.splitlines() if "Error" in line]
+        reason = errors[-1] if errors else f"status {done.returncode}"
         if "out of memory" not in done.stderr.lower():
             break
         size //= 2

@@ -199,8 +199,9 @@ def _setup(ctx, inputs, output):
 
 
 def _derivative(ctx, dout, _lse, _tops):
-    dq, dk, dv = _room(*ctx.saved_tensors[:3])
-    _backward(dq, dk, dv, dout.contiguous(), *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors  # once: under activation checkpointing it recomputes
+    dq, dk, dv = _room(*saved[:3])
+    _backward(dq, dk, dv, dout.contiguous(), *saved, *ctx.options)
     return dq, dk, dv, *(None,) * 9
 
 

@@ -101,23 +101,17 @@ class Trainer:
         status = "failed"
         try:
             self._start()
-            with self.stop:
+            with self.stop, self.saver:
                 self._loop()
                 self._read_pending()
                 if self.step != self._saved_step:
                     self._save()
-                self.saver.finish()
             # Decided by the step, which all ranks share: a signal after the last one stops nothing.
             if not self.length.reached(self.step, self.consumed_samples):
                 status = "stopped"
                 reason = self.stop.name or "a signal to another rank"
                 raise Stopped(f"stopped by {reason} after step {self.step}; resume with: {command_line()}")
             status = "done"
-        except RunFailed as error:
-            if not isinstance(error, RankFailed):
-                # All ranks raise it together: a save that is under way still gets whole.
-                self.saver.finish()
-            raise
         finally:
             for observer in self.observers:
                 observer.close(status)

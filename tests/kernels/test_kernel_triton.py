@@ -31,6 +31,7 @@ else:
     import triton.language as tl
     from kernel_formulas import as64, error_ratio, leaf, philox_scalar
     from test_kernel_references import gradients_agree, intervals
+    from torch.utils.checkpoint import checkpoint
 
     import kernels.interval_attention_triton as attention
     import kernels.linear_cross_entropy_triton as cross_entropy
@@ -169,6 +170,17 @@ else:
         gradients_agree([out], [packed], [expected], [wide], 1e-5)
         parts = torch.autograd.grad(attention.interval_attention(*heads, start, stop, scale=0.35)[0].sum(), heads)
         assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+
+    def test_attention_under_activation_checkpointing():
+        q, k, v = (tensor(1, 20, 2, 16, seed=seed) for seed in (1, 2, 3))
+        start, stop = (t.to(DEVICE) for t in intervals("prefix", 1, 20, 20))
+
+        def run(*heads):
+            return attention.interval_attention(*heads, start, stop, scale=0.35)[0]
+
+        kept = torch.autograd.grad(run(q, k, v).sum(), (q, k, v))
+        again = torch.autograd.grad(checkpoint(run, q, k, v, use_reentrant=False).sum(), (q, k, v))
+        assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("z_loss,softcap,shrink", [(0.0, 0.0, 1.0), (1e-2, 0.0, 0.25), (1e-2, 3.0, 1.0)])

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, RankFailed, RunFailed
 from train.checkpoint import write
 from train.checkpoint.select import step_folder
 from train.collective import any_rank, gather, on_rank_zero, together
@@ -50,6 +50,15 @@ class Saver:
         self._state: dict[str, Any] = {}
         self._files: Future[Any] | None = None
         self._commit: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        """Inside, saves may be under way."""
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Wait for a save under way, at the end and after a failure that all ranks raise together."""
+        if error is None or (isinstance(error, RunFailed) and not isinstance(error, RankFailed)):
+            self.finish()
 
     def start(self, state: dict[str, Any]) -> None:
         """Begin to save the step in hand. state: what `trainer_state.json` keeps, with the step.
