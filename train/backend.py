@@ -62,13 +62,14 @@ def check_precision(dtype: str) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of device memory at their peak since the last call, as metrics fields; empty on a CPU."""
+    """Bytes of device memory, as metrics fields: held now, at their peak since the last call, reserved; {} on a CPU."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return {}
     peak, reserved = int(accelerator.max_memory_allocated()), int(accelerator.max_memory_reserved())
+    held = int(accelerator.memory_allocated())
     accelerator.reset_peak_memory_stats()
-    return {"memory_peak_bytes": peak, "memory_reserved_bytes": reserved}
+    return {"memory_held_bytes": held, "memory_peak_bytes": peak, "memory_reserved_bytes": reserved}
 
 
 def synchronize() -> None:

@@ -218,6 +218,14 @@ def short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
+def size(count: float) -> str:
+    """Bytes as `512 B`, `48.2 MiB`, `17.3 GiB`."""
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(count) >= limit:
+            return f"{count / limit:.3g} {unit}" if abs(count) < 100 * limit else f"{count / limit:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
 def number(value: Any, form: str, missing: str = "–") -> str:
     """A number in the given format, or `missing` for null and non-finite ones."""
     clean = finite(value)

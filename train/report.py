@@ -19,7 +19,7 @@ from data_prep import cli
 from data_prep.errors import DataError
 from data_prep.files import write_bytes
 from train.charts import Point, Series, line_chart, smoothed
-from train.observers import duration, number, short
+from train.observers import duration, number, short, size
 from train.page import chart_grid, header, section, table_card, tile_row, whole_page
 from train.run_folder import holds_run, read_json, read_log
 from train.stability.charts import telemetry_charts
@@ -52,6 +52,7 @@ class Run:
     tasks: list[Record] = field(default_factory=list)
     fills: list[Record] = field(default_factory=list)
     evaluation: Record = field(default_factory=dict)
+    memory: Record = field(default_factory=dict)
 
     @staticmethod
     def read(path: Path) -> "Run":
@@ -76,6 +77,7 @@ class Run:
             tasks=read_log(path / "tasks.jsonl"),
             fills=optional("fills.json", []),
             evaluation=optional("eval.json", {}),
+            memory=optional("memory.json", {}),
         )
 
     def setting(self, key: str, default: Any = None) -> Any:
@@ -116,7 +118,7 @@ def page(run: Run) -> str:
             chart_grid(_task_charts(run)),
             "Accuracy on evaluation.tasks, scored at a [MASK] or as a continuation; dashes are what guessing gives.",
         ),
-        section("How it ran", chart_grid(_running_charts(run))),
+        section("How it ran", chart_grid([*_running_charts(run), _memory_table(run.memory)])),
         section("Stability", chart_grid(telemetry_charts(run.metrics)), "What the terms mean: docs/stability.md."),
         section("Events", _events(run.events)),
         section("Environment", _environment(run)),
@@ -276,6 +278,16 @@ def _running_charts(run: Run) -> list[str]:
     if any(record.get("z_loss") for record in run.metrics):
         charts.append(line_chart("z-loss", raw_and_smooth("z_loss", 5)))
     return charts
+
+
+def _memory_table(memory: Record) -> str:
+    """Bytes by kind on the fullest rank: measured, where the device could be, and by the config's arithmetic."""
+    names = {"measured": "measured", "predicted": "by the config"}
+    columns = {title: memory[key] for key, title in names.items() if memory.get(key)}
+    kinds = list(dict.fromkeys(kind for column in columns.values() for kind in column))
+    rows = [(kind, *(size(column[kind]) if kind in column else "–" for column in columns.values())) for kind in kinds]
+    rows += [("all", *(size(sum(column.values())) for column in columns.values()))] if rows else []
+    return table_card(("", *columns), rows, title="Memory of the fullest rank")
 
 
 def _fills(fills: Sequence[Record]) -> str:

@@ -32,6 +32,7 @@ from train.fragments import adam_steps
 from train.generation.fills import fill_blanks
 from train.heartbeat import Heartbeat
 from train.loading import open_loader, sampler
+from train.memory_use import MemoryUse
 from train.mesh import Mesh
 from train.model.build import DTYPES, operations
 from train.observers import MetricsObserver, Observer, ProgressObserver
@@ -176,6 +177,7 @@ class Trainer:
         self.heart.now("engine")
         self.engine = Engine.start(config, self.mesh)
         self.reactions = Reactions(config, self.engine)
+        self.memory = MemoryUse(self.engine, self.folder)
         self.heart.now("checkpoint")
         self._resume(found)
         self.saver = Saver(
@@ -319,7 +321,7 @@ class Trainer:
             self.target_tokens += targets(number.sums)
             records.append({**self._timed(record, waited), **self._measured(number)})
         if records:
-            records[-1] |= backend.memory()
+            records[-1] |= self.memory.read()
         for observer in self.observers:
             observer.on_steps(records)
         for record, number, (_, result) in zip(records, numbers, pending, strict=True):

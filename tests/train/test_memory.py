@@ -33,6 +33,7 @@ def held_bytes(overrides: list[str]) -> list[dict[str, float]]:
 
     from train import backend
     from train.engine import Engine
+    from train.memory_use import measured_use
 
     def held() -> int:
         gc.collect()
@@ -62,6 +63,10 @@ def held_bytes(overrides: list[str]) -> list[dict[str, float]]:
     with mock.patch.object(engine.deepspeed.optimizer, "step", watched):
         engine.step(batches, 1e-3, 1.0)
     counted["held"] = held()
+    used = {"memory_held_bytes": held(), "memory_peak_bytes": 10**9, "memory_reserved_bytes": 10**9 + 5}
+    measured = measured_use(engine, used)
+    assert sum(measured.values()) == 10**9 + 5
+    counted |= {kind: measured[kind] for kind in ("parameters", "optimizer", "fragmentation")}
     gathered: list[Any] = [None] * mesh.world
     torch.distributed.all_gather_object(gathered, counted)
     return gathered
@@ -90,6 +95,9 @@ def test_state_is_what_engines_hold(world: int, overrides: list[str]) -> None:
     for rank in parity.in_ranks(world, held_bytes, overrides):
         state = state_bytes(stages[int(rank["stage"])], dtype, parallel.zero_stage, data)
         persistent = state.weights + state.master + state.adam
+        assert rank["parameters"] == pytest.approx(state.weights, rel=0.02)
+        assert rank["optimizer"] == pytest.approx(state.master + state.adam, rel=0.02)
+        assert rank["fragmentation"] == 5
         # ZeRO 3 keeps its reduction bucket and its divided gradients; bf16 with ZeRO 1 keeps the fp32 sums.
         bucket = 0
         if parallel.zero_stage == 3:

@@ -97,6 +97,10 @@ def make_run(path: Path, steps: int = 300, **changes: object) -> Path:
         {**fill, "language": "en", "before": "<b>Men &", "after": "</main>", "truth": "a<b", "filled": ""},
     ]
     folder.write_json("fills.json", fills)
+    memory = {"parameters": 3 * 2**30, "fragmentation": 2**20}
+    folder.write_json(
+        "memory.json", {"source": "measured", "rank": 1, "measured": memory, "predicted": {"parameters": 1e9}}
+    )
     folder.close()
     return path
 
@@ -123,6 +127,8 @@ def test_the_page_has_everything_and_loads_nothing(tmp_path):
         "spike",
         "attempt 1, started",
         "hidden_size: 256",
+        "3 GiB",
+        "954 MiB",
         "3k",
     ):
         assert words in checked.text, words

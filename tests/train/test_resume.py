@@ -97,6 +97,14 @@ def test_a_killed_run_repeats_itself_bit_for_bit(
     assert lines(tmp_path / "run") == lines(whole_run)
 
 
+def test_a_run_says_what_fills_its_memory(whole_run: Path) -> None:
+    """A CPU does not tell, so it is the config's arithmetic: fp32 weights, their masters and both moments."""
+    record = json.loads((whole_run / "memory.json").read_text())
+    assert record["source"] == "config"
+    assert record["predicted"]["optimizer"] == 3 * record["predicted"]["parameters"]
+    assert record["predicted"]["activations"] > 0
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("kills", "steps"), [(2, 10), pytest.param(10, 80, marks=pytest.mark.slow)])
 def test_kills_during_saves_lose_nothing(
