@@ -96,6 +96,15 @@ def interval_mask(attend_from: Tensor, attend_to: Tensor, num_keys: int) -> Tens
     return (keys >= attend_from[..., None]) & (keys < attend_to[..., None])
 
 
+def visible_keys(attend_from: Tensor, attend_to: Tensor, num_keys: int, prefix: int) -> Tensor:
+    """`interval_mask`, and the first `prefix` keys for every query whose interval is not empty."""
+    inside = interval_mask(attend_from, attend_to, num_keys)
+    if not prefix:
+        return inside
+    first = torch.arange(num_keys, device=attend_from.device) < prefix
+    return inside | (first & ~empty_queries(attend_from, attend_to, num_keys)[..., None])
+
+
 def empty_queries(attend_from: Tensor, attend_to: Tensor, num_keys: int) -> Tensor:
     """Queries that see no key at all: bool [batch, queries]."""
     return attend_to.clamp(max=num_keys) <= attend_from.clamp(min=0)
@@ -133,12 +142,14 @@ def interval_attention(
     softcap: float = 0.0,
     dropout: Dropout | None = None,
     want_max_logit: bool = False,
+    prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Interval attention, the PyTorch reference: scores, softmax and sums in float32.
 
     q, k, v: see the file's head; one dtype. attend_from, attend_to: int32 [batch, queries]; what they reach beyond
     [0, keys) is ignored. scale: factor of Q Kᵀ, usually head_dim^-½. alpha: scores are kept divided by it (see the
     file's head). softcap: c · tanh(score / c), 0 for none. dropout: on the probabilities, `offset` the first head.
+    prefix: so many first keys are seen by every query beside its interval (`train.model.prefix`).
     Returns out [batch, queries, heads, dim] in q's dtype; lse [batch, heads, queries] float32; the largest visible
     scaled logit of each head, float32 [heads], or None. lse and max_logit carry no gradient. A query with an empty
     interval gets out 0, lse −inf and gives no gradient. Raises ValueError on a wrong shape, dtype or device.
@@ -148,7 +159,7 @@ def interval_attention(
     logits = _scores(q.to(inner) * (scale / alpha), k.to(inner))
     if alpha != 1.0:
         logits = logits * alpha
-    hidden = ~interval_mask(attend_from, attend_to, k.shape[1])[:, None]
+    hidden = ~visible_keys(attend_from, attend_to, k.shape[1], prefix)[:, None]
     max_logit = _max_logit(logits, hidden) if want_max_logit else None
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -181,6 +192,7 @@ def unfused_attention(
     want_max_logit: bool = False,
     half_softmax: bool = False,
     pb_relax: bool = False,
+    prefix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The classic scale-mask-softmax, for experiments with its numerics.
 
@@ -191,7 +203,7 @@ def unfused_attention(
     """
     check(q, k, v, attend_from, attend_to, softcap, dropout)
     scores = _scores(q * (scale / alpha), k)  # S', compute dtype
-    hidden = ~interval_mask(attend_from, attend_to, k.shape[1])[:, None]
+    hidden = ~visible_keys(attend_from, attend_to, k.shape[1], prefix)[:, None]
     logits = scores if half_softmax else scores.to(accumulation_dtype(q.dtype))
     max_logit = _max_logit(logits * alpha, hidden) if want_max_logit else None
     shift = torch.zeros((), dtype=logits.dtype, device=q.device)
@@ -229,6 +241,7 @@ def sdpa_attention(
     softcap: float = 0.0,
     dropout: Dropout | None = None,
     want_max_logit: bool = False,
+    prefix: int = 0,
 ) -> tuple[Tensor, None, None]:
     """torch's scaled_dot_product_attention under the bool mask of the intervals.
 
@@ -242,7 +255,7 @@ def sdpa_attention(
         )
     empty = empty_queries(attend_from, attend_to, k.shape[1])
     # an empty row is given every key, which is finite, and zeroed afterwards together with its gradient
-    mask = interval_mask(attend_from, attend_to, k.shape[1]) | empty[..., None]
+    mask = visible_keys(attend_from, attend_to, k.shape[1], prefix) | empty[..., None]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

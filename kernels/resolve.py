@@ -5,7 +5,7 @@ first of the operation's preferences that runs on the device with the dtype and 
 implementation that lacks one is refused with the config key to change. Each choice is logged once a process.
 
 Features: residual_norm, `dropout` `return_sum`; interval_attention, `dropout` `softcap` `lse` `max_logit`
-`half_softmax` `pb_relax` `deterministic`; linear_cross_entropy, `tensor_parallel` `z_loss` `softcap`.
+`half_softmax` `pb_relax` `deterministic` `prefix`; linear_cross_entropy, `tensor_parallel` `z_loss` `softcap`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ TABLE: dict[str, Operations] = {
     ),
     "interval_attention": Operations(
         {
-            **_pair("interval_attention", _ATTENTION_FEATURES),
+            **_pair("interval_attention", _ATTENTION_FEATURES | {"prefix"}),
             "triton": Implementation(
                 f"{_ATTENTION}_triton:interval_attention",
                 _ATTENTION_FEATURES,
@@ -128,12 +128,12 @@ TABLE: dict[str, Operations] = {
             ),
             "unfused": Implementation(
                 f"{_ATTENTION}:unfused_attention",
-                _ATTENTION_FEATURES | {"half_softmax", "pb_relax"},
+                _ATTENTION_FEATURES | {"half_softmax", "pb_relax", "prefix"},
                 switches=("half_softmax", "pb_relax"),
             ),
-            "sdpa": Implementation(f"{_ATTENTION}:sdpa_attention", frozenset()),
+            "sdpa": Implementation(f"{_ATTENTION}:sdpa_attention", frozenset({"prefix"})),
         },
-        {"cuda": ("triton", "reference", "unfused"), "": ("sdpa", "reference", "unfused")},
+        {"cuda": ("triton", "sdpa", "reference", "unfused"), "": ("sdpa", "reference", "unfused")},
     ),
 }
 

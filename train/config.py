@@ -305,6 +305,14 @@ class LoraConfig:
 
 
 @dataclass
+class PrefixConfig:
+    """P-Tuning v2 of a model that `initialize_from` names: learnt keys and values in front of every layer's."""
+
+    length: int = 0
+    """Slots of the prefix; 0 is none. The attention then runs through sdpa or reference."""
+
+
+@dataclass
 class SavingConfig:
     """Checkpoints under run_dir/checkpoints."""
 
@@ -385,6 +393,7 @@ class Config:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -33,6 +33,7 @@ def check(config: Config, *, world_size: int | None = None) -> None:
             raise ConfigError(f"{key}={get(config, key)!r} is not known; use one of {', '.join(words)}")
     check_shape(config)
     _lora(config)
+    _prefix(config)
     _numbers(config)
     _stability(config)
     if world_size is not None:
@@ -195,6 +196,21 @@ def _lora(config: Config) -> None:
     if parallel.pipeline_parallel > 1 or parallel.zero_stage == 3:
         raise ConfigError(
             f"lora.rank={lora.rank} needs the whole model in each replica; use parallel.pipeline_parallel=1 and "
+            "parallel.zero_stage of 2 or less"
+        )
+
+
+def _prefix(config: Config) -> None:
+    length, parallel = config.prefix.length, config.parallel
+    if not length:
+        return
+    if length < 0 or config.lora.rank:
+        raise ConfigError(
+            f"prefix.length={length} with lora.rank={config.lora.rank}; give one of them, and a length of 0 for none"
+        )
+    if parallel.pipeline_parallel > 1 or parallel.zero_stage == 3:
+        raise ConfigError(
+            f"prefix.length={length} needs the whole model in each replica; use parallel.pipeline_parallel=1 and "
             "parallel.zero_stage of 2 or less"
         )
 

@@ -173,6 +173,9 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("lora.rank", {"lora__rank": -1}, None),
     ("lora.targets", {"lora__rank": 2, "lora__targets": ["head"]}, None),
     ("lora.rank", {"lora__rank": 2, "parallel__zero_stage": 3}, None),
+    ("prefix.length", {"prefix__length": -1}, None),
+    ("prefix.length", {"prefix__length": 4, "lora__rank": 2}, None),
+    ("prefix.length", {"prefix__length": 4, "parallel__zero_stage": 3}, None),
     ("evaluation.tasks", {"evaluation__tasks": ["t.jsonl"], "parallel__zero_stage": 3}, None),
     *[
         (f"model.{name}", {f"model__{name}": 0}, None)

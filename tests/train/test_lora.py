@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.config import DataConfig, PrepConfig, TokenizerConfig
-from data_prep.prepare import prepare
 from tests.train.parity import curves, plain_curve
 from train.checkpoint.model import load_trained, read_config
 from train.checkpoint.pieces import PieceReader
@@ -19,18 +17,6 @@ from train.model.tensor_parallel import LowRank
 
 CPU = torch.device("cpu")
 LORA = ["lora.rank=4", "lora.alpha=16", "lora.targets=[qkv,dense,ffn]"]
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
-    """Instructions in both languages, in the tokens of the run that they are to tune."""
-    folder = tmp_path_factory.mktemp("chat")
-    lines = [{"text": f"问：{n}加{n}是多少？", "answer": f"是{2 * n}。"} for n in range(150)]
-    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    source = {"path": str(folder / "chat.jsonl"), "template": "plain", "target_field": "answer", "lang": "zh"}
-    data = DataConfig(path=str(folder / "dataset"), sources=[source], split_shares=[80, 10, 10], min_characters=1)
-    prepare(PrepConfig(data=data, tokenizer=TokenizerConfig(path=str(find(tiny_run) / "tokenizer"))))
-    return folder / "dataset"
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +75,22 @@ def test_merged_weights_compute_what_the_parts_do(tiny_run, tuned):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("heads", [[], ["model.num_kv_heads=1"]], ids=["multi_head", "multi_query"])
-def test_layouts_learn_the_same(heads):
-    common = [*LORA, *heads]
-    alone = curves(1, [[*common, "parallel.zero_stage=0"]], 6)[0]
+def test_layouts_learn_the_same():
+    """Heads that the ranks divide, and one key-value head that both hold."""
+    kinds = [[*LORA], [*LORA, "model.num_kv_heads=1"]]
     layouts = [
         ["parallel.tensor_parallel=2", "parallel.zero_stage=0"],
         ["parallel.zero_stage=1"],
         ["parallel.zero_stage=2"],
     ]
-    for curve in curves(2, [[*common, *layout] for layout in layouts], 6):
-        for (loss, norm), (loss_alone, norm_alone) in zip(curve, alone, strict=True):
-            assert loss == pytest.approx(loss_alone, rel=1e-6)
-            assert norm == pytest.approx(norm_alone, rel=1e-5)
-    assert alone[-1][0] != alone[0][0]
+    alone = curves(1, [[*kind, "parallel.zero_stage=0"] for kind in kinds], 6)
+    found = iter(curves(2, [[*kind, *layout] for kind in kinds for layout in layouts], 6))
+    for wanted in alone:
+        assert wanted[-1][0] != wanted[0][0]
+        for _ in layouts:
+            for (loss, norm), (loss_alone, norm_alone) in zip(next(found), wanted, strict=True):
+                assert loss == pytest.approx(loss_alone, rel=1e-6)
+                assert norm == pytest.approx(norm_alone, rel=1e-5)
 
 
 @pytest.mark.unit

@@ -19,7 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Differences from GLM-130B's layer."""
 
 
-def untrained(variant: str = "glm_130b", mesh: Mesh | None = None, **changes: Any) -> Model:
+def untrained(variant: str = "glm_130b", mesh: Mesh | None = None, prefix: int = 0, **changes: Any) -> Model:
     """A 2 x 32 model with 640 tokens and 64 positions, weights drawn large enough that its choices differ."""
     shape: dict[str, Any] = {
         "name": "untrained",
@@ -34,7 +34,7 @@ def untrained(variant: str = "glm_130b", mesh: Mesh | None = None, **changes: An
     }
     mesh = mesh or Mesh.single()
     config = Config(model=ModelConfig(**shape))
-    config.parallel.tensor_parallel = mesh.tensor
+    config.parallel.tensor_parallel, config.prefix.length = mesh.tensor, prefix
     model = Model(config, mesh, torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,6 +15,7 @@ from train.fragments import set_adam_steps
 from train.mesh import Mesh
 from train.model.build import named_layouts
 from train.model.lora import is_lora
+from train.model.prefix import is_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ def load_weights(engine: Engine, reader: PieceReader) -> None:
     fragments = {id(fragment.parameter): fragment for fragment in engine.fragments()}
     with torch.no_grad():
         for layout, parameter in named_layouts(engine.model.parameters()):
-            if is_lora(layout.name) and not reader.has("weight", layout.name):
-                # A model without LoRA to start from: what is to be learnt beside it keeps its initial values.
+            if (is_lora(layout.name) or is_prefix(layout.name)) and not reader.has("weight", layout.name):
+                # A model without LoRA or prefix to start from: what is to be learnt beside it keeps its initial values.
                 continue
             exact = engine.dtype == torch.float32 and reader.has("master", layout.name)
             local = reader.local("master" if exact else "weight", layout)

@@ -131,6 +131,12 @@ def _plan(settings: ConvertConfig, checkpoint: Path) -> Plan:
     config = read_config(checkpoint / "config.yaml")
     config.parallel.tensor_parallel, config.parallel.pipeline_parallel = settings.tensor_parallel, 1
     rules.check(config)
+    if config.prefix.length:
+        raise ConfigError(
+            f"prefix.length={config.prefix.length}: the keys and values that {checkpoint} learnt in front of each "
+            f"layer's cannot be merged into its weights, and format={settings.format} has no place for them; use it "
+            "with train.generate and train.evaluate, or tune with lora.rank, which merges"
+        )
     found = format_of(settings.format)
     found.check(config)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")

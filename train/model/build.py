@@ -16,6 +16,7 @@ from train.model.ends import Embedding, Head
 from train.model.layers import PostNormLayer, PreNormLayer
 from train.model.lora import add_lora
 from train.model.parameters import Layout, layout_of
+from train.model.prefix import is_prefix
 from train.model.probe import Probe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +51,7 @@ def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Oper
     attention = {"dropout"} if model.attention_dropout else set()
     attention |= {"half_softmax"} if config.stability.softmax in ("half", "pb_relax") else set()
     attention |= {"pb_relax"} if config.stability.softmax == "pb_relax" else set()
+    attention |= {"prefix"} if config.prefix.length else set()
     head = {"tensor_parallel"} if config.parallel.tensor_parallel > 1 else set()
     head |= {"z_loss"} if config.loss.z_loss else set()
     head |= {"softcap"} if config.loss.softcap else set()
@@ -62,9 +64,9 @@ def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Oper
             attention=resolve("interval_attention", kernels.interval_attention, device, dtype, attention),
             linear_cross_entropy=resolve("linear_cross_entropy", kernels.linear_cross_entropy, device, dtype, head),
             embedding=resolve("embedding", kernels.embedding, device, dtype),
-            # Its softmax is float32; another kind must be the same in generation as in training.
+            # It has no prefix, and its softmax is float32: generation must compute what training did.
             decode_attention=None
-            if {"half_softmax", "pb_relax"} & attention
+            if {"half_softmax", "pb_relax", "prefix"} & attention
             else resolve("decode_attention", kernels.decode_attention, device, dtype),
             # Telemetry takes the logit where it is to be had; it never decides which kernel runs.
             max_logit="max_logit" in TABLE["interval_attention"].implementations[chosen].features,
@@ -93,6 +95,7 @@ class Model(nn.Module):
             query_key_gain=config.stability.stress.query_key_gain,
             z_loss=config.loss.z_loss,
             softcap=config.loss.softcap,
+            prefix=config.prefix.length,
             recompute=config.parallel.activation_checkpointing,
             recompute_every=config.parallel.activation_checkpointing_every_layers,
             sequence_parallel=config.parallel.sequence_parallel and mesh.tensor > 1,
@@ -105,6 +108,9 @@ class Model(nn.Module):
         self.items = nn.ModuleList(self._item(index) for index in range(self.start, self.stop))
         if config.lora.rank:
             add_lora(self, self.context, config.lora)
+        if config.prefix.length:
+            for layout, parameter in named_layouts(self.parameters()):
+                parameter.requires_grad_(is_prefix(layout.name))
 
     def _item(self, index: int) -> nn.Module:
         """Item `index` of the whole list; the layers stand at 1 … num_layers."""

@@ -14,13 +14,19 @@ from torch import Tensor
 
 from train.model.build import Model
 from train.model.layers import Attention
+from train.model.prefix import before
 
 
 class LayerCache:
-    """One layer's buffers, [rows, slots, kv heads, head dim] each, in the compute dtype."""
+    """One layer's buffers, [rows, slots, kv heads, head dim] each, in the compute dtype.
 
-    def __init__(self, rows: int, slots: int) -> None:
-        self.rows, self.slots = rows, slots
+    A learnt prefix stands in front of the slots, in every row, and is counted by none of the numbers given here.
+    """
+
+    def __init__(self, rows: int, slots: int, prefix: tuple[Tensor, Tensor] | None = None) -> None:
+        """prefix: its keys and values, [length, kv heads, head dim] each."""
+        self.rows, self.slots, self.prefix = rows, slots, prefix
+        self._front = 0 if prefix is None else len(prefix[0])
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -31,14 +37,15 @@ class LayerCache:
         """
         keys, values = self.buffers(key, value)
         row = torch.arange(self.rows, device=place.device)[:, None]
-        keys[row, place] = key
-        values[row, place] = value
+        keys[row, place + self._front] = key
+        values[row, place + self._front] = value
         return keys, values
 
     def buffers(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The whole buffers, made at the first call, when the heads on this rank are known; key, value as `extend`."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = (part.new_zeros(self.rows, self.slots, *part.shape[2:]) for part in (key, value))
+            empty = [part.new_zeros(self.rows, self.slots, *part.shape[2:]) for part in (key, value)]
+            self.keys, self.values = empty if self.prefix is None else before(self.prefix, *empty)
             for buffer in (self.keys, self.values):
                 # CUDA graphs read and write the same memory at every step.
                 torch._dynamo.mark_static_address(buffer)
@@ -48,7 +55,9 @@ class LayerCache:
         """Another cache that holds copies of slots of this one: row i, slot j is (rows[i], places[i, j])."""
         assert self.keys is not None
         assert self.values is not None
-        other = LayerCache(*places.shape)
+        other = LayerCache(places.shape[0], places.shape[1], self.prefix)
+        front = torch.arange(self._front, device=places.device).expand(len(places), -1)
+        places = torch.cat([front, places + self._front], 1)
         other.keys, other.values = self.keys[rows[:, None], places], self.values[rows[:, None], places]
         return other
 
@@ -71,7 +80,9 @@ class KeyValueCache:
     @staticmethod
     def empty(model: Model, rows: int, slots: int) -> "KeyValueCache":
         """A cache in which nothing is stored yet."""
-        return KeyValueCache(model, [LayerCache(rows, slots) for _ in _attentions(model)])
+        with torch.no_grad():
+            prefixes = [attention.prefix_parts() for attention in _attentions(model)]
+        return KeyValueCache(model, [LayerCache(rows, slots, prefix) for prefix in prefixes])
 
     @contextmanager
     def attached(self) -> Iterator[None]:

@@ -53,6 +53,8 @@ class Context:
     recompute: str = "none"
     """parallel.activation_checkpointing, in the layers whose number divides by recompute_every."""
     recompute_every: int = 1
+    prefix: int = 0
+    """Slots of the learnt prefix of every layer (`train.model.prefix`)."""
     sequence_parallel: bool = False
     """Whether each tensor-parallel rank holds a share of the sequence between the products."""
 

@@ -16,6 +16,7 @@ from kernels.interval_attention import unpack_heads
 from kernels.random import Dropout, drop_hidden
 from train.model.context import Context, HeadNorm, Norm, State, intervals
 from train.model.parameters import Layout
+from train.model.prefix import Prefix, before, layouts_of
 from train.model.tensor_parallel import sum_gradients
 
 
@@ -79,8 +80,24 @@ class Attention(nn.Module):
             context.cut(f"{name}.dense.weight", output, 1), context.output_std(width, model.hidden_size)
         )
         self.dense_bias = context.vector(Layout(f"{name}.dense.bias", output[:1]), wanted=model.bias == "all")
+        self.prefix = self._prefix(name, kv_width) if context.prefix else None
         self.query_norm = HeadNorm(context, f"{name}.query_norm") if model.qk_norm else None
         self.key_norm = HeadNorm(context, f"{name}.key_norm") if model.qk_norm else None
+
+    def _prefix(self, name: str, width: int) -> Prefix:
+        context = self.context
+        named = layouts_of(name, context.prefix, width)
+        key, value = (context.cut(*one, 1) if self.kv_split else Layout(*one) for one in named)
+        group = None if self.kv_split else context.mesh.tensor_group
+        return Prefix((key, value), context.head_dim, context.mesh.device, context.seed, group)
+
+    def prefix_parts(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the prefix for the heads of this rank, [length, kv heads, dim] each; None without one."""
+        if self.prefix is None:
+            return None
+        key, value = self.prefix.parts()
+        own = self._own_groups(key.device)
+        return key[:, own], value[:, own]
 
     def forward(self, x: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
         """x [B,S,H] -> the output product [B,S,H], its bias not yet added."""
@@ -92,8 +109,14 @@ class Attention(nn.Module):
             buffers = self.cache.buffers(key, value)
             out = step(query, key, value, *buffers, place, attend_from, attend_to, scale=context.head_dim**-0.5)
             return context.row_parallel(out.flatten(2), self.dense_weight)
+        extra: dict[str, int] = {}
         if self.cache is not None:
             key, value = self.cache.extend(key, value, meta[:, 4])
+        elif (parts := self.prefix_parts()) is not None:
+            key, value = before(parts, key, value)
+        if context.prefix:
+            attend_from, attend_to = attend_from + context.prefix, attend_to + context.prefix
+            extra["prefix"] = context.prefix
         out, _, max_logit = context.ops.attention(
             query,
             key,
@@ -112,6 +135,7 @@ class Attention(nn.Module):
                 offset=context.mesh.tensor_rank * self.heads,
             ),
             want_max_logit=context.probe.active and context.ops.max_logit,
+            **extra,
         )
         context.probe.note_logits(self.layer, max_logit)
         out = context.row_parallel(out.flatten(2), self.dense_weight)
@@ -125,28 +149,30 @@ class Attention(nn.Module):
         return unpack_heads(packed.unflatten(2, (self.heads, 3)))
 
     def _grouped(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mesh, dim = self.context.mesh, self.context.head_dim
+        dim = self.context.head_dim
         weight, bias = self.kv_weight, self.kv_bias
         if not self.kv_split:
             # All ranks compute all of these heads and each uses some: every rank has a part of the gradient.
-            weight, bias = sum_gradients(mesh.tensor_group, weight, bias)
+            weight, bias = sum_gradients(self.context.mesh.tensor_group, weight, bias)
         query, pair = self.context.column_parallel(x, self.query_weight, weight)
         query = self._turned(query.unflatten(2, (-1, dim)), self.query_bias, positions, query=True, pair=False)
         pair = self._turned(pair.unflatten(2, (-1, dim)), bias, positions, query=False, pair=True)
         key, value = pair.unflatten(2, (self.kv_heads, 2)).unbind(3)
+        own = self._own_groups(x.device)
+        return query, key[:, :, own], value[:, :, own]
+
+    def _own_groups(self, device: torch.device) -> slice | Tensor:
+        """Which of the key-value heads held here the rank's own query heads read."""
         if self.kv_split:
-            return query, key, value
-        first = mesh.tensor_rank * self.heads
+            return slice(None)
+        first = self.context.mesh.tensor_rank * self.heads
         share = self.context.model.num_heads // self.kv_heads
         if self.heads % share == 0:
-            groups = slice(first // share, (first + self.heads) // share)
-        elif share % self.heads == 0:
-            groups = slice(first // share, first // share + 1)
-        else:
-            # A rank whose heads straddle groups unevenly: one key-value head for each query head.
-            wanted = torch.arange(first, first + self.heads, device=x.device) // share
-            return query, key[:, :, wanted], value[:, :, wanted]
-        return query, key[:, :, groups], value[:, :, groups]
+            return slice(first // share, (first + self.heads) // share)
+        if share % self.heads == 0:
+            return slice(first // share, first // share + 1)
+        # A rank whose heads straddle groups unevenly: one key-value head for each query head.
+        return torch.arange(first, first + self.heads, device=device) // share
 
     def _turned(self, x: Tensor, bias: Tensor | None, positions: Tensor, *, query: bool, pair: bool) -> Tensor:
         """Bias, QK-norm where the model has one, and rotation of heads in the order (query, key, value) per group.
