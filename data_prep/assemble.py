@@ -5,7 +5,7 @@ was generated before it. So each query's keys are one interval: [segment's first
 context, [segment's first slot, own slot + 1) in the generation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,17 +44,21 @@ class Layout:
 class Assembler:
     """Fills layouts with the special tokens of one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, two_dimensional: bool) -> None:
-        """two_dimensional: whether positions are the place of the mask and the place inside the span."""
+    def __init__(self, tokenizer: Tokenizer, two_dimensional: bool, starts_with_enc: bool = False) -> None:
+        """two_dimensional: whether positions are the place of the mask and the place inside the span.
+
+        starts_with_enc: whether a segment begins with ENC, a token of its context that takes one slot more.
+        """
+        self.opening = np.array([tokenizer.special_ids["ENC"]] * starts_with_enc, dtype=np.int64)
         self.sop = tokenizer.sop
         self.eop = tokenizer.eop
         self.gmask = tokenizer.gmask
         self.two_dimensional = two_dimensional
 
     def prefix(self, layout: Layout, text: NDArray[np.int64], generated: int) -> None:
-        """Hide the last `generated` tokens of a text behind one [gMASK]; fills len(text) + 1 slots."""
+        """Hide the last `generated` tokens of a text behind one [gMASK]; fills len(opening) + len(text) + 1 slots."""
         context = len(text) - generated
-        self.prompt(layout, text[:context], self.gmask, text[context:])
+        self.prompt(layout, np.concatenate([self.opening, text[:context]]), self.gmask, text[context:])
 
     def prompt(self, layout: Layout, context: NDArray[np.int64], mask: int, generation: NDArray[np.int64]) -> None:
         """Generate a text behind a context that ends in a mask token; fills len(context) + len(generation) + 1 slots.
@@ -99,11 +103,16 @@ class Assembler:
         spans: Spans,
         masks: NDArray[np.int64],
     ) -> None:
-        """Hide spans of several texts, a segment each; fills len(text) + 2 · spans slots.
+        """Hide spans of several texts, a segment each; fills J · len(opening) + len(text) + 2 · spans slots.
 
         text: int64 [T], the segments' texts end to end; sizes: int64 [J], tokens of each; masks: int64 [J], the token
         that stands for a span in each segment.
         """
+        if len(self.opening):
+            # A token of the text that no span hides.
+            text = np.insert(text, sizes.cumsum() - sizes, self.opening[0])
+            spans = replace(spans, start=spans.start + spans.segment + 1)
+            sizes = sizes + 1
         count = np.bincount(spans.segment, minlength=len(sizes))
         hidden = np.bincount(spans.segment, weights=spans.length, minlength=len(sizes)).astype(np.int64)
         slots = sizes + 2 * count

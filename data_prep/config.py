@@ -47,6 +47,8 @@ class SamplingConfig:
     """Whether a span may run over a document's end; GLM-130B allowed it."""
     isolate_documents: bool = False
     """Whether each document is a segment of its own, unseen by its neighbours; GLM-130B joined them."""
+    starts_with_enc: bool = False
+    """Whether each segment of blanks begins with ENC, as GLM-10B's do; what fills blanks later puts it there too."""
     positions: str = "1d"
     """1d (GLM-130B), or 2d: the place of the mask, and the place inside the span."""
     instruction_share: float = 0.05

@@ -96,7 +96,13 @@ class Sampler:
         self.rows = sum(stream.rows for stream in self.streams)
         """Rows in the split: samples in one epoch of a mixture in proportion to size."""
         self._last_rows = np.cumsum([stream.rows for stream in self.streams])
-        self._assembler = Assembler(dataset.tokenizer, config.positions == "2d")
+        self._assembler = Assembler(dataset.tokenizer, config.positions == "2d", config.starts_with_enc)
+        self._opening = len(self._assembler.opening)
+        if self._opening and self._examples:
+            raise ConfigError(
+                f"data.sampling.starts_with_enc=true is for text alone, but {self._examples[0].key} holds "
+                "instructions; leave one of them out"
+            )
         self._kinds = [
             Schedule(self.kind_shares, config.mixture_period, mix(seed, 2, stream.hash)) for stream in self.streams
         ]
@@ -206,8 +212,9 @@ class Sampler:
         which is all that a loss weight needs.
         """
         row = self.sequence_length - 1
-        spans, hidden = self.law.expected_sequence(self.sequence_length)
-        gmask = (self._shortest_generation(row) + row) / 2
+        spans, hidden = self._expected_blanks
+        most = row - self._opening
+        gmask = (self._shortest_generation(most) + most) / 2
         examples = self._examples
         packed = sum(one.packing.targets for one in examples) / max(1, sum(one.rows for one in examples))
         return dict(zip(KINDS, (gmask, spans + hidden, spans + hidden, float(row), packed), strict=True))
@@ -225,7 +232,8 @@ class Sampler:
     @property
     def expected_unused_tokens(self) -> float:
         """Tokens a MASK sample leaves unused at its row's end, expected; they turn up under other kinds and epochs."""
-        return 2 * self.law.expected_sequence(self.sequence_length)[0] - 1
+        openings = self._opening * self.law.expected_segments(self.sequence_length)
+        return 2 * self._expected_blanks[0] + openings - 1
 
     def summary(self) -> dict[str, Any]:
         """What a run's log should say about its samples: rows and unused tokens by stream, targets by kind."""
@@ -251,6 +259,11 @@ class Sampler:
         kind = (batch.group.cpu().long() // 8)[:, None].expand_as(batch.targets)
         nats = tables[kind, batch.targets.cpu()]
         return (nats * (batch.loss_weight.cpu() > 0)).to(batch.targets.device)
+
+    @cached_property
+    def _expected_blanks(self) -> tuple[float, float]:
+        """(spans, hidden tokens) expected in a MASK sample."""
+        return self.law.expected_sequence(self.sequence_length, self._opening)
 
     @property
     def _examples(self) -> list[InstructionStream]:
@@ -280,14 +293,14 @@ class Sampler:
 
     def _prefix(self, layout: Layout, pieces: list[NDArray[np.int64]], generator: np.random.Generator) -> None:
         for piece in pieces:
-            fitting = piece[: self.sequence_length - layout.used - 1]
+            fitting = piece[: max(0, self.sequence_length - layout.used - 1 - self._opening)]
             if len(fitting):
                 shortest = self._shortest_generation(len(fitting))
                 self._assembler.prefix(layout, fitting, int(generator.integers(shortest, len(fitting), endpoint=True)))
 
     def _blanks(self, layout: Layout, row: NDArray[np.int64], generator: np.random.Generator) -> None:
         """All [MASK] segments of a sequence at once."""
-        slots = self.law.budgets(generator, self.sequence_length)
+        slots = self.law.budgets(generator, self.sequence_length) - self._opening
         lengths, counts = self.law.draw_lengths(generator, slots)
         sizes = slots - 2 * counts
         text = row[: int(sizes.sum())]
@@ -298,7 +311,7 @@ class Sampler:
         segments: list[_Segment] = []
         at = 0
         found = self._sentences(row)
-        for budget in self.law.budgets(generator, self.sequence_length).tolist():
+        for budget in (self.law.budgets(generator, self.sequence_length) - self._opening).tolist():
             segments.append(self._sentence_segment(row, at, found, budget, generator))
             at += segments[-1].size
         self._lay_out(layout, row[:at], segments)
@@ -310,7 +323,7 @@ class Sampler:
         part = max(SMALLEST_SEGMENT, self.sequence_length // self.config.mask_segments)
         segments: list[_Segment] = []
         at = 0
-        left = self.sequence_length - layout.used
+        left = self.sequence_length - layout.used - self._opening
         found = self._sentences(piece) if kind == SMASK else None
         while len(piece) - at >= SMALLEST_SEGMENT and left >= SMALLEST_SEGMENT:
             slots = min(part, left)
@@ -321,7 +334,7 @@ class Sampler:
             else:
                 segments.append(self._span_segment(piece, at, slots, generator))
             at += segments[-1].size
-            left -= segments[-1].size + 2 * len(segments[-1].spans.start)
+            left -= segments[-1].size + 2 * len(segments[-1].spans.start) + self._opening
         if segments:
             self._lay_out(layout, piece[:at], segments)
 
@@ -371,7 +384,7 @@ class Sampler:
     @cached_property
     def _unigram_tables(self) -> NDArray[np.float32]:
         """−ln p of each token under each kind, float32 [kinds, vocab_size]."""
-        spans, hidden = self.law.expected_sequence(self.sequence_length)
+        spans, hidden = self._expected_blanks
         answers = sum(stream.packing.ends for stream in self._examples)
         answer_ends = answers / max(1, sum(stream.packing.targets for stream in self._examples))
         ends = [0.0, spans / (spans + hidden), self._measured_sentence_ends(), 0.0, answer_ends]

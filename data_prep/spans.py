@@ -207,17 +207,27 @@ class SpanLaw:
             self._expectations[slots] = (spans, spans * mean)
         return self._expectations[slots]
 
-    def expected_sequence(self, slots: int) -> tuple[float, float]:
-        """(spans, hidden tokens) expected in a whole sequence of MASK segments, cuts included."""
+    def expected_segments(self, slots: int) -> float:
+        """MASK segments expected in a whole sequence, cuts included."""
+        parts = max(1, min(self.config.mask_segments, slots // SMALLEST_SEGMENT))
+        budgets = np.diff(np.arange(parts + 1) * slots // parts)
+        return parts + self.config.short_text_probability * int((budgets >= 2 * _SHORTEST_CUT).sum())
+
+    def expected_sequence(self, slots: int, opening: int = 0) -> tuple[float, float]:
+        """(spans, hidden tokens) expected in a whole sequence of MASK segments, cuts included.
+
+        opening: slots of each segment that hold no text.
+        """
         parts = max(1, min(self.config.mask_segments, slots // SMALLEST_SEGMENT))
         spans = hidden = 0.0
         for budget in np.diff(np.arange(parts + 1) * slots // parts).tolist():
             cut = self.config.short_text_probability if budget >= 2 * _SHORTEST_CUT else 0.0
-            whole = self.expected(budget)
+            whole = self.expected(budget - opening)
             spans += (1 - cut) * whole[0]
             hidden += (1 - cut) * whole[1]
             if cut:
-                pieces = [self.expected(first) for first in range(_SHORTEST_CUT, budget - _SHORTEST_CUT + 1)]
+                firsts = range(_SHORTEST_CUT, budget - _SHORTEST_CUT + 1)
+                pieces = [self.expected(first - opening) for first in firsts]
                 # Both pieces of a cut have the same law, for the cut is uniform and symmetric.
                 spans += cut * 2 * sum(piece[0] for piece in pieces) / len(pieces)
                 hidden += cut * 2 * sum(piece[1] for piece in pieces) / len(pieces)

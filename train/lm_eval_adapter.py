@@ -106,10 +106,16 @@ class Model(LM):
 
     def _form(self, tokens: list[int], room: int) -> Form:
         """A context that takes at most `room` slots; what is too much goes from its start."""
-        shape = self._trained.config.model
-        return Form.of(self._with_mask(tokens, room), self._trained.tokenizer, shape, causal=self._causal)
+        return Form.of(
+            self._with_mask(tokens, room),
+            self._trained.tokenizer,
+            self._trained.config.model,
+            causal=self._causal,
+            starts_with_enc=self._trained.model.context.starts_with_enc,
+        )
 
     def _with_mask(self, tokens: list[int], room: int) -> list[int]:
+        room -= self._trained.model.context.starts_with_enc
         return [*tokens[max(0, len(tokens) + 1 - room) :], self._trained.tokenizer.gmask]
 
 

@@ -18,11 +18,11 @@ from typing import Any
 from data_prep.clean import clean_text
 from data_prep.errors import ConfigError, DataError
 from data_prep.tokenizer import Tokenizer
-from train.config import ModelConfig
 from train.generation.forms import Form
 from train.generation.scoring import Question, Score, check, score
 from train.generation.streaming import MASKS
 from train.model.build import Model
+from train.model.context import Context
 
 WAYS = {"mask": "[MASK]", "gmask": "[gMASK]"}
 """How a text without a mask is scored."""
@@ -97,7 +97,7 @@ def run_task(
     found: dict[str, list[list[Score]]] = {}
     asked: dict[str, list[tuple[int, Question]]] = {}
     for number in range(share[0], len(task.items), share[1]):
-        for way, question in _questions(task.items[number], tokenizer, model.context.model, causal).items():
+        for way, question in _questions(task.items[number], tokenizer, model.context, causal).items():
             try:
                 check(question, model.context.model.max_positions)
             except DataError as error:
@@ -160,7 +160,7 @@ def _best(row: Sequence[Score], choices: Sequence[str] | None = None) -> int:
     return max(range(len(row)), key=lambda number: row[number].log_probability / sizes[number])
 
 
-def _questions(item: Item, tokenizer: Tokenizer, model: ModelConfig, causal: bool) -> dict[str, Question]:
+def _questions(item: Item, tokenizer: Tokenizer, context: Context, causal: bool) -> dict[str, Question]:
     """The item by each way that fits it."""
     mask = MASKS.search(item.text)
     if mask is not None:
@@ -176,7 +176,8 @@ def _questions(item: Item, tokenizer: Tokenizer, model: ModelConfig, causal: boo
         fillings = [
             (" " if spaced or choice.startswith(" ") else "") + clean_text(choice.strip()) for choice in item.choices
         ]
-        form = Form.of(tokenizer.encode_with_masks(clean_text(text)), tokenizer, model, causal=causal)
+        tokens = tokenizer.encode_with_masks(clean_text(text))
+        form = Form.of(tokens, tokenizer, context.model, causal=causal, starts_with_enc=context.starts_with_enc)
         end = [form.openings[0].stops[0]] if form.openings[0].ends else []
         questions[way] = Question(form, [tokenizer.encode(filling) + end for filling in fillings])
     return questions

@@ -164,3 +164,8 @@ def test_sources_end_after_their_epochs_and_others_take_their_share(tmp_path: Pa
     assert len(draws) == last
     with pytest.raises(DataError, match="every source was read as often"):
         sampler.address(last)
+
+
+def test_segments_that_begin_with_enc_are_for_text_alone(tasks: Dataset) -> None:
+    with pytest.raises(ConfigError, match=r"starts_with_enc=true is for text alone, but \w+\.\w+ holds instructions"):
+        sampler_of(tasks, starts_with_enc=True)

@@ -52,6 +52,7 @@ def write_tokenizer(folder: Path, found: Format, vocabulary: Vocabulary, config:
             "specials": vocabulary.order,
             "image_tokens": vocabulary.image_tokens,
             "objective": config.data.sampling.objective,
+            "starts_with_enc": config.data.sampling.starts_with_enc,
         }
         _copy(folder, "tokenization_tiankong.py")
     write_json(folder / "tokenizer_config.json", settings)

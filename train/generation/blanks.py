@@ -41,7 +41,8 @@ def fill_all(
     them to `on_token`; null counts from 0. Raises ConfigError where one holds no mask, or where context and blanks do
     not fit the model's positions.
     """
-    forms = [Form.of(context, tokenizer, model.context.model, causal=causal) for context in contexts]
+    shape, enc = model.context.model, model.context.starts_with_enc
+    forms = [Form.of(context, tokenizer, shape, causal=causal, starts_with_enc=enc) for context in contexts]
     for form in forms:
         form.check(decoding.max_new_tokens, model.context.model.max_positions)
     numbers = range(len(forms)) if numbers is None else numbers

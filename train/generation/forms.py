@@ -47,11 +47,21 @@ class Form:
     causal: bool = False
 
     @staticmethod
-    def of(tokens: Sequence[int], tokenizer: Tokenizer, model: ModelConfig, *, causal: bool = False) -> "Form":
+    def of(
+        tokens: Sequence[int],
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        *,
+        causal: bool = False,
+        starts_with_enc: bool = False,
+    ) -> "Form":
         """tokens: a text with mask tokens. causal: the model was trained on plain text; one [gMASK] at the end only.
 
+        starts_with_enc: the model's contexts begin with ENC, which is put in front.
         Raises ConfigError for a text without a mask.
         """
+        if starts_with_enc and not causal:
+            tokens = [tokenizer.special_ids["ENC"], *tokens]
         masks = (tokenizer.mask, tokenizer.smask, tokenizer.gmask)
         places = [place for place, token in enumerate(tokens) if token in masks]
         if not places:

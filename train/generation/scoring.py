@@ -105,7 +105,7 @@ def score_alone(model: Model, tokenizer: Tokenizer, question: Question, answer: 
 
 def log_probability(model: Model, tokenizer: Tokenizer, context: Sequence[int], truth: Sequence[int]) -> float:
     """Natural log of the probability that the context's first mask is filled with `truth`, its end not counted."""
-    form = Form.of(context, tokenizer, model.context.model)
+    form = Form.of(context, tokenizer, model.context.model, starts_with_enc=model.context.starts_with_enc)
     return score_alone(model, tokenizer, Question(form, [list(truth)]), truth).log_probability
 
 

@@ -99,6 +99,7 @@ class Model(nn.Module):
             recompute=config.parallel.activation_checkpointing,
             recompute_every=config.parallel.activation_checkpointing_every_layers,
             sequence_parallel=config.parallel.sequence_parallel and mesh.tensor > 1,
+            starts_with_enc=config.data.sampling.starts_with_enc,
         )
         bounds = stage_bounds(config.model.num_layers, mesh.pipeline)
         self.start, self.stop = bounds[mesh.stage], bounds[mesh.stage + 1]

@@ -57,6 +57,8 @@ class Context:
     """Slots of the learnt prefix of every layer (`train.model.prefix`)."""
     sequence_parallel: bool = False
     """Whether each tensor-parallel rank holds a share of the sequence between the products."""
+    starts_with_enc: bool = False
+    """Whether texts with blanks begin with ENC (data.sampling.starts_with_enc)."""
 
     @property
     def kv_heads(self) -> int:

@@ -21,7 +21,8 @@ class TiankongTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocab_file, specials, image_tokens=0, objective="causal", **kwargs):
+    def __init__(self, vocab_file, specials, image_tokens=0, objective="causal", starts_with_enc=False, **kwargs):
+        self.starts_with_enc = starts_with_enc
         self.vocab_file = vocab_file
         self.image_tokens, self.specials, self.objective = image_tokens, list(specials), objective
         self.processor = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
@@ -36,7 +37,8 @@ class TiankongTokenizer(PreTrainedTokenizer):
             kwargs.setdefault(name, self.spelling("eop"))
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("extra_special_tokens", [self.spelling(name) for name in self.specials if name != "eop"])
-        super().__init__(specials=specials, image_tokens=image_tokens, objective=objective, **kwargs)
+        kwargs |= {"objective": objective, "starts_with_enc": starts_with_enc}
+        super().__init__(specials=specials, image_tokens=image_tokens, **kwargs)
 
     @staticmethod
     def spelling(name):
@@ -102,6 +104,8 @@ class TiankongTokenizer(PreTrainedTokenizer):
             return ids
         if not any(self.ids[name] in ids for name in MASKS):
             ids = [*ids, self.ids["gMASK"]]
+        if self.starts_with_enc:
+            ids = [self.ids["ENC"], *ids]
         return [*ids, self.ids["sop"]]
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
