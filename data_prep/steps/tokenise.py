@@ -135,6 +135,7 @@ def _write_stream(
 
     def flush(batch: list[dict[str, Any]]) -> None:
         texts = [document["text"] for document in batch]
+        trained = [np.zeros(0, dtype=np.int64)]
         for document, ids in zip(batch, tokenizer.encode_batch(texts, work.config.tokenizer.threads), strict=True):
             name = split(document)
             if name not in writers:
@@ -152,9 +153,11 @@ def _write_stream(
             licences[document["licence"] or "unknown"] += 1
             stream.counts[name].add(len(text), len(text.encode()), len(tokens))
             if name == "train":
-                unigram[:] += np.bincount(tokens, minlength=len(unigram))
+                trained.append(tokens)
             if writers[name].tokens >= work.config.data.max_shard_tokens:
                 close(name)
+        # Once a batch: for a large vocabulary this costs as much as encoding a document.
+        unigram[:] += np.bincount(np.concatenate(trained), minlength=len(unigram))
 
     batch: list[dict[str, Any]] = []
     try:
