@@ -1,6 +1,6 @@
 """Bias + rotary positions on the heads of a packed query-key-value projection.
 
-    θ_i = base^(−2i/R), angle = position · θ_i, (a, b) → (a·cos − b·sin, b·cos + a·sin)    (Su et al. 2021, RoFormer)
+    θ_i = base^(−2i/R) / scale, angle = position · θ_i, (a, b) → (a·cos − b·sin, b·cos + a·sin)    (Su et al. 2021)
 
 Pairs (a, b) are dims (i, i + R/2) of the R rotated dims (rotate-half, GLM-130B), or (2i, 2i + 1) when interleaved
 (ChatGLM2). Mode `2d` splits the rotated dims in two: the first half turns by positions[:, 0], the second by
@@ -53,7 +53,13 @@ def check(
 
 
 def rotary_angles(
-    positions: Tensor, *, rotary_dim: int, mode: str, base: float = 10000.0, fp16_angles: bool = False
+    positions: Tensor,
+    *,
+    rotary_dim: int,
+    mode: str,
+    base: float = 10000.0,
+    scale: float = 1.0,
+    fp16_angles: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every pair's angle.
 
@@ -63,7 +69,7 @@ def rotary_angles(
     axes = 2 if mode == "2d" else 1
     dims = rotary_dim // axes
     exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=positions.device) / dims
-    inverse = 1.0 / torch.pow(torch.full_like(exponent, base), exponent)
+    inverse = 1.0 / torch.pow(torch.full_like(exponent, base), exponent) / scale
     place = positions[:, :axes].transpose(1, 2)[..., None]  # [batch, length, axes, 1]
     if fp16_angles:
         angle = (place.half() * inverse.half()).flatten(2)
@@ -98,6 +104,7 @@ def rotary(
     mode: str = "1d",
     interleaved: bool = False,
     base: float = 10000.0,
+    scale: float = 1.0,
     fp16_angles: bool = False,
 ) -> Tensor:
     """Bias and rotary positions, the PyTorch reference.
@@ -113,7 +120,9 @@ def rotary(
         y = y + bias.to(inner).view(x.shape[2:])
     if mode == "none" or passthrough == period:
         return y.to(x.dtype)
-    cos, sin = rotary_angles(positions, rotary_dim=rotary_dim, mode=mode, base=base, fp16_angles=fp16_angles)
+    cos, sin = rotary_angles(
+        positions, rotary_dim=rotary_dim, mode=mode, base=base, scale=scale, fp16_angles=fp16_angles
+    )
     packed = y.unflatten(2, (-1, period))  # [batch, length, groups, period, head_dim]
     turned, still = packed.split((period - passthrough, passthrough), dim=3)
     out = rotate(turned[..., :rotary_dim], cos, sin, mode=mode, interleaved=interleaved)

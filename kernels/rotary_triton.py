@@ -113,17 +113,17 @@ def _kernel(
 
 
 @functools.cache
-def _inverse(rotary_dim: int, axes: int, base: float, fp16: bool, device: torch.device) -> Tensor:
+def _inverse(rotary_dim: int, axes: int, base: float, scale: float, fp16: bool, device: torch.device) -> Tensor:
     """θ of every pair, float32 [rotary_dim / 2], computed as the reference does."""
     dims = rotary_dim // axes
     exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
-    theta = 1.0 / torch.pow(torch.full_like(exponent, base), exponent)
+    theta = 1.0 / torch.pow(torch.full_like(exponent, base), exponent) / scale
     return (theta.half().float() if fp16 else theta).repeat(axes)
 
 
 def _launch(
     x: Tensor, bias: Tensor | None, positions: Tensor, has_bias: bool, backward: bool, period: int, passthrough: int,
-    rotary_dim: int, axes: int, interleaved: bool, base: float, fp16_angles: bool,
+    rotary_dim: int, axes: int, interleaved: bool, base: float, scale: float, fp16_angles: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Turned x, and the column sums [heads · head_dim] of the result in the backward (else empty)."""
     batch, length, heads, dim = x.shape
@@ -138,7 +138,7 @@ def _launch(
     part = torch.empty(max(1, ranges), 1, heads * dim, dtype=torch.float32, device=x.device) if sums else x.new_empty(0)
     if tokens:
         _kernel[(blocks, ranges)](
-            x, bias, positions, _inverse(rotary_dim, axes, base, fp16_angles, x.device), out, part,
+            x, bias, positions, _inverse(rotary_dim, axes, base, scale, fp16_angles, x.device), out, part,
             tokens, length, tokens_each, positions.stride(0), positions.stride(1),
             HEADS=heads, D=dim, PERIOD=period, TURNED=period - passthrough, PAIRS=pairs, AXIS_PAIRS=pairs // axes,
             INTERLEAVED=interleaved, FP16=fp16_angles, HAS_BIAS=has_bias, BACKWARD=backward,
@@ -154,32 +154,33 @@ def _launch(
 @torch.library.custom_op("tiankong::rotary", mutates_args=())
 def _forward(
     x: Tensor, bias: Tensor | None, positions: Tensor, period: int, passthrough: int, rotary_dim: int, axes: int,
-    interleaved: bool, base: float, fp16_angles: bool,
+    interleaved: bool, base: float, scale: float, fp16_angles: bool,
 ) -> Tensor:  # fmt: skip
     return _launch(
         x, bias, positions, bias is not None, False, period, passthrough, rotary_dim, axes, interleaved,
-        base, fp16_angles,
+        base, scale, fp16_angles,
     )[0]  # fmt: skip
 
 
 @_forward.register_fake
-def _(x, bias, positions, period, passthrough, rotary_dim, axes, interleaved, base, fp16_angles):
+def _(x, bias, positions, period, passthrough, rotary_dim, axes, interleaved, base, scale, fp16_angles):
     return torch.empty_like(x)
 
 
 @torch.library.custom_op("tiankong::rotary_backward", mutates_args=())
 def _backward(
     dout: Tensor, positions: Tensor, has_bias: bool, period: int, passthrough: int, rotary_dim: int, axes: int,
-    interleaved: bool, base: float, fp16_angles: bool,
+    interleaved: bool, base: float, scale: float, fp16_angles: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx, and the bias gradient in float32 (empty without a bias)."""
     return _launch(
-        dout, None, positions, has_bias, True, period, passthrough, rotary_dim, axes, interleaved, base, fp16_angles
+        dout, None, positions, has_bias, True, period, passthrough, rotary_dim, axes, interleaved,
+        base, scale, fp16_angles,
     )  # fmt: skip
 
 
 @_backward.register_fake
-def _(dout, positions, has_bias, period, passthrough, rotary_dim, axes, interleaved, base, fp16_angles):
+def _(dout, positions, has_bias, period, passthrough, rotary_dim, axes, interleaved, base, scale, fp16_angles):
     width = dout.shape[2] * dout.shape[3] if has_bias else 0
     return torch.empty_like(dout), dout.new_empty(width, dtype=torch.float32)
 
@@ -193,7 +194,7 @@ def _setup(ctx, inputs, output):
 def _derivative(ctx, dout):
     (positions,) = ctx.saved_tensors
     dx, dbias = _backward(dout.contiguous(), positions, ctx.bias_dtype is not None, *ctx.options)
-    return dx, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), *(None,) * 8
+    return dx, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), *(None,) * 9
 
 
 _forward.register_autograd(_derivative, setup_context=_setup)
@@ -210,6 +211,7 @@ def rotary(
     mode: str = "1d",
     interleaved: bool = False,
     base: float = 10000.0,
+    scale: float = 1.0,
     fp16_angles: bool = False,
 ) -> Tensor:
     """Bias and rotary positions by the Triton kernel; see `kernels.rotary.rotary`."""
@@ -220,5 +222,5 @@ def rotary(
     positions = positions if positions.stride(2) == 1 else positions.contiguous()
     return _forward(
         x.contiguous(), None if bias is None else bias.contiguous(), positions, period, passthrough,
-        rotary_dim, 2 if mode == "2d" else 1, interleaved, base, fp16_angles,
+        rotary_dim, 2 if mode == "2d" else 1, interleaved, base, scale, fp16_angles,
     )  # fmt: skip

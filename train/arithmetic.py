@@ -133,17 +133,12 @@ def flops_per_token(model: ModelConfig, sequence_length: float) -> float:
 def hardware_flops_per_token(model: ModelConfig, sequence_length: float, parallel: ParallelConfig) -> float:
     """FLOPs that the device does for one token (`hfu`): what is recomputed runs forward twice, the head never does.
 
-    With `full`, the layers cost 8 N + 16 L h S in place of 6 N + 12 L h S: MFU is nearly three quarters of HFU. One
-    branch alone is recomputed without its last product.
+    With `full`, the layers cost 8 N + 16 L h S in place of 6 N + 12 L h S: MFU is nearly three quarters of HFU.
     """
-    layer, width = layer_parameters(model), model.num_heads * head_dim(model)
-    core = 4.0 * width * sequence_length
-    again = {
-        "none": 0.0,
-        "full": 2.0 * (layer.attention + layer.ffn) + core,
-        "attention": 2.0 * (layer.attention - model.hidden_size * width) + core,
-        "ffn": 2.0 * (layer.ffn - model.hidden_size * model.ffn_hidden_size),
-    }
+    layer = layer_parameters(model)
+    attention = 2.0 * layer.attention + 4.0 * model.num_heads * head_dim(model) * sequence_length
+    ffn = 2.0 * layer.ffn
+    again = {"none": 0.0, "full": attention + ffn, "attention": attention, "ffn": ffn}
     layers = recomputed_layers(parallel, 0, model.num_layers)
     return flops_per_token(model, sequence_length) + layers * again[parallel.activation_checkpointing]
 

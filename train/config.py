@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.norm_placement": ("deepnorm", "post", "pre", "sandwich", "peri"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.positions": ("rotary_1d", "rotary_2d", "learned_2d", "none"),
+    "model.rotary_scaling": ("none", "linear", "ntk"),
     "model.activation": ("geglu", "swiglu", "gelu", "gelu_tanh"),
     "model.bias": ("all", "qkv", "none"),
     "model.init": ("xavier", "normal"),
@@ -81,6 +82,11 @@ class ModelConfig:
     """Rotate neighbouring pairs (ChatGLM2) in place of the two halves (GLM-130B)."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
+    rotary_scaling: str = "none"
+    """none; linear (positions divided by rotary_scaling_factor, arXiv 2306.15595) or ntk (a larger base: the slowest
+    pair of dims turns as with linear, the fastest as before), for a longer context than that of initialize_from."""
+    rotary_scaling_factor: float = 1.0
+    """That factor, more than 1 where there is a scaling."""
     rotary_fp16_angles: bool = False
     """Compute the angles in fp16 as the released GLM-130B does; only to continue from its weights."""
     activation: str = "geglu"
@@ -120,7 +126,7 @@ class ParallelConfig:
     """0 plain, 1 optimizer states, 2 and gradients, 3 and parameters divided over the data-parallel ranks."""
     activation_checkpointing: str = "none"
     """What the backward pass computes again in place of keeping it: none; full (a layer is kept as its input alone);
-    attention or ffn (that branch of a layer, from its input, without its last product)."""
+    attention or ffn (that branch of a layer, from its input)."""
     activation_checkpointing_every_layers: int = 1
     """Do so in one layer of so many, layers.0 first; the others keep everything."""
     compare_replicas_every_steps: int = 100

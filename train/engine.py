@@ -16,6 +16,7 @@ from torch import Tensor
 from data_prep.batch import NUM_GROUPS, Batch
 from data_prep.errors import RankFailed, RunFailed
 from train import backend
+from train.bubble import StageClock
 from train.collective import gather
 from train.config import Config
 from train.fragments import Fragment, local_fragments
@@ -204,6 +205,10 @@ class Engine:
         """The current fp16 loss scale, 1 in other precisions."""
         return float(getattr(self.deepspeed.optimizer, "cur_scale", 1.0)) if self.dtype == torch.float16 else 1.0
 
+    def waiting(self) -> dict[str, float]:
+        """Metrics of how long the stages waited in the last step, once it was read; empty with one stage."""
+        return {}
+
     def fragments(self) -> Iterator[Fragment]:
         """The pieces of master weights and optimizer states that this rank owns; see `train.fragments`."""
         return local_fragments(self.deepspeed.optimizer, self.model, self.mesh, self.zero_stage)
@@ -308,10 +313,16 @@ class PipelineEngine(Engine):
 
     def _make(self) -> tuple[Any, Any]:
         self._labels: deque[Labels] = deque()
-        return backend.make_pipeline_engine(self.config, self.mesh, self._optimizer, self._loss)
+        engine, model = backend.make_pipeline_engine(self.config, self.mesh, self._optimizer, self._loss)
+        self.clock = StageClock(self.mesh, engine)
+        return engine, model
 
     def _train(self, batches: Sequence[Batch | None]) -> None:
-        self.deepspeed.train_batch(self._feed(batches))
+        with self.clock.step(len(batches)):
+            self.deepspeed.train_batch(self._feed(batches))
+
+    def waiting(self) -> dict[str, float]:
+        return self.clock.read()
 
     def _evaluate(self, batches: Sequence[Batch | None]) -> None:
         self.deepspeed.eval_batch(

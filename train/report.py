@@ -275,6 +275,10 @@ def _running_charts(run: Run) -> list[str]:
     if run.setting("precision.dtype") == "fp16":
         scale = Series("loss scale", _thin(_points(run.metrics, "loss_scale")), 2, legend=False)
         charts.append(line_chart("Loss scale", [scale], log=True))
+    if timed := [record for record in run.metrics if "bubble" in record]:
+        least = Series("1F1B at best", _thin(_points(timed, "bubble_least")), 0, "dashed")
+        waits = Series("measured", _thin(_points(timed, "bubble")), 4)
+        charts.append(line_chart("Pipeline bubble", [waits, least], unit="share of a step that the mean stage waits"))
     if any(record.get("z_loss") for record in run.metrics):
         charts.append(line_chart("z-loss", raw_and_smooth("z_loss", 5)))
     return charts

@@ -1,5 +1,6 @@
 """Where a run starts from, and which keys may differ between a checkpoint's config and the one that resumes it."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -88,7 +89,8 @@ def check_same(now: str, before: Path, allow: list[str]) -> None:
 
     now: YAML of this run's config. before: the checkpoint's config.yaml. allow: `resume.allow`.
     """
-    then = flat(OmegaConf.to_container(OmegaConf.load(before)))
+    # A key that is younger than the checkpoint had its default's effect.
+    then = flat(asdict(Config())) | flat(OmegaConf.to_container(OmegaConf.load(before)))
     current = flat(OmegaConf.to_container(OmegaConf.create(now)))
     for key in sorted(set(then) | set(current)):
         if key.startswith(FREE) or key in allow or then.get(key) == current.get(key):

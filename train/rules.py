@@ -103,9 +103,24 @@ def _model(model: ModelConfig) -> None:
                 f"model.rotary_fraction={model.rotary_fraction} of {head_dim} dims is {rotated:g}; "
                 f"model.positions={model.positions} needs a multiple of {unit}, at most {head_dim}"
             )
+    _rotary_scaling(model, head_dim)
     for name in ("hidden_dropout", "attention_dropout"):
         if not 0 <= getattr(model, name) < 1:
             raise ConfigError(f"model.{name}={getattr(model, name)} must lie in [0, 1)")
+
+
+def _rotary_scaling(model: ModelConfig, head_dim: int) -> None:
+    kind, factor = model.rotary_scaling, model.rotary_scaling_factor
+    if (kind == "none") != (factor == 1) or factor < 1:
+        raise ConfigError(
+            f"model.rotary_scaling_factor={factor:g} with model.rotary_scaling={kind}; use more than 1 with linear or "
+            "ntk, and 1 with none"
+        )
+    if kind != "none" and not model.positions.startswith("rotary"):
+        raise ConfigError(f"model.rotary_scaling={kind} needs rotary positions, not model.positions={model.positions}")
+    axes = 2 if model.positions == "rotary_2d" else 1
+    if kind == "ntk" and head_dim * model.rotary_fraction / axes <= 2:
+        raise ConfigError(f"model.rotary_scaling=ntk needs more than one rotated pair of the {head_dim} dims of a head")
 
 
 def _parallel(config: Config) -> None:

@@ -321,7 +321,7 @@ class Trainer:
             self.target_tokens += targets(number.sums)
             records.append({**self._timed(record, waited), **self._measured(number)})
         if records:
-            records[-1] |= self.memory.read()
+            records[-1] |= self.memory.read() | self.engine.waiting()
         for observer in self.observers:
             observer.on_steps(records)
         for record, number, (_, result) in zip(records, numbers, pending, strict=True):

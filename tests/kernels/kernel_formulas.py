@@ -70,7 +70,7 @@ def bias_activation(x, bias, kind):
     return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
 
 
-def rotary(x, bias, positions, *, period, passthrough, rotary_dim, mode, interleaved, base):
+def rotary(x, bias, positions, *, period, passthrough, rotary_dim, mode, interleaved, base, scale):
     heads, dim = x.shape[2:]
     y = x if bias is None else x + bias.view(heads, dim)
     if mode == "none":
@@ -88,7 +88,7 @@ def rotary(x, bias, positions, *, period, passthrough, rotary_dim, mode, interle
             for i in range(width // 2):
                 first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + width // 2)
                 first, second = axis * width + first, axis * width + second
-                angle = place * base ** (-2 * i / width)
+                angle = place / scale * base ** (-2 * i / width)
                 a, b = y[:, :, head, first], y[:, :, head, second]
                 out[head][first] = a * angle.cos() - b * angle.sin()
                 out[head][second] = b * angle.cos() + a * angle.sin()

@@ -125,7 +125,7 @@ else:
         meta = torch.randint(0, 300, (2, 4, 9), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
         positions = meta.to(DEVICE)[:, :2]
         options = {"period": period, "passthrough": passthrough, "rotary_dim": rotary_dim, "mode": mode}
-        options |= {"interleaved": interleaved, "base": 10000.0}
+        options |= {"interleaved": interleaved, "base": 10000.0, "scale": 4.0 if interleaved else 1.0}
         wide = [as64(t) for t in inputs]
         out = rotary(inputs[0], inputs[1] if with_bias else None, positions, **options)
         expected = formulas.rotary(wide[0], wide[1] if with_bias else None, positions, **options)

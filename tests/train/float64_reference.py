@@ -158,7 +158,10 @@ class Reference:
         return torch.cat([*parts, x[:, dims:]], -1)
 
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Each pair of dims as a complex number, multiplied by exp(i * position * base^(-2j / dims))."""
+        """Each pair of dims as a complex number, multiplied by exp(i * position * base^(-2j / dims)).
+
+        Linear scaling divides every frequency by the factor f; the ntk one divides pair j's by f^(2j / (dims - 2)).
+        """
         half = x.shape[1] // 2
         if self.m.rotary_fp16_angles:
             # As the released GLM-130B computes them: inverse frequency, position and product in half precision.
@@ -167,6 +170,8 @@ class Reference:
             cos, sin = (torch.from_numpy(f(product).astype(np.float64)) for f in (np.cos, np.sin))
         else:
             frequency = torch.tensor([self.m.rotary_base ** (-2 * j / (2 * half)) for j in range(half)]).double()
+            share = {"none": 0.0, "linear": torch.ones(half).double(), "ntk": torch.arange(half).double() / (half - 1)}
+            frequency = frequency / self.m.rotary_scaling_factor ** share[self.m.rotary_scaling]
             angle = positions.double()[:, None] * frequency
             cos, sin = torch.cos(angle), torch.sin(angle)
         even = slice(0, None, 2) if self.m.rotary_interleaved else slice(0, half)

@@ -143,9 +143,10 @@ def test_recomputed_parts_count_once_more():
         parallel = ParallelConfig(activation_checkpointing=mode, activation_checkpointing_every_layers=every)
         return hardware_flops_per_token(GLM_130B, 2048, parallel) - flops_per_token(GLM_130B, 2048)
 
-    # A branch is computed up to the input of its last product, 2 x 12288^2 and 2 x 12288 x 32768 FLOPs a layer.
-    last = 70 * 2 * (12288**2 + 12288 * 32768)
-    assert again("attention") + again("ffn") + last == pytest.approx(again("full"))
+    # 4 h^2 multiply-adds of the attention's products and 2 h S of its core; 3 h F of the FFN's.
+    assert again("attention") == 70 * 2 * (4 * 12288**2 + 2 * 12288 * 2048)
+    assert again("ffn") == 70 * 2 * 3 * 12288 * 32768
+    assert again("attention") + again("ffn") == pytest.approx(again("full"))
     assert again("full", 3) / again("full") == pytest.approx(24 / 70)
     assert [recomputed_layers(ParallelConfig(1, 1, False, 1, "ffn", 3), first, 4) for first in range(4)] == [2, 1, 1, 2]
 

@@ -192,6 +192,18 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("model.num_kv_heads", {"model__num_kv_heads": 3}, None),
     ("model.rotary_fraction", {"model__rotary_fraction": 0.51}, None),
     ("model.rotary_fraction", {"model__rotary_fraction": 1.5}, None),
+    ("model.rotary_scaling_factor", {"model__rotary_scaling": "linear"}, None),
+    ("model.rotary_scaling_factor", {"model__rotary_scaling_factor": 2.0}, None),
+    (
+        "model.rotary_scaling",
+        {"model__rotary_scaling": "ntk", "model__rotary_scaling_factor": 2.0, "model__positions": "none"},
+        None,
+    ),
+    (
+        "model.rotary_scaling",
+        {"model__rotary_scaling": "ntk", "model__rotary_scaling_factor": 2.0, "model__head_dim": 2},
+        None,
+    ),
     ("model.positions", {"model__positions": "rotary_2d", "model__head_dim": 6}, None),
     ("model.hidden_dropout", {"model__hidden_dropout": 1.0}, None),
     ("model.attention_dropout", {"model__attention_dropout": -0.1}, None),

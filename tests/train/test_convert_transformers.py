@@ -45,6 +45,8 @@ CPU = torch.device("cpu")
 OWN = [
     ("blank_infilling", {}),
     ("blank_infilling", {"rotary_fp16_angles": True, "norm_placement": "post"}),
+    ("causal", {"rotary_scaling": "linear", "rotary_scaling_factor": 4.0}),
+    ("causal", {"rotary_scaling": "ntk", "rotary_scaling_factor": 4.0}),
     ("blank_infilling", CHATGLM),
     ("blank_infilling", {"positions": "learned_2d", "norm_placement": "sandwich", "activation": "gelu"}),
     ("causal", CAUSAL),

@@ -58,6 +58,9 @@ MODELS = {
     "rotary_2d_partial_interleaved": {"positions": "rotary_2d", "rotary_fraction": 0.5, "rotary_interleaved": True},
     "rotary_partial": {"rotary_fraction": 0.5, "rotary_base": 500.0},
     "rotary_interleaved": {"rotary_interleaved": True},
+    "rotary_linear": {"rotary_scaling": "linear", "rotary_scaling_factor": 4.0, "rotary_fraction": 0.5},
+    "rotary_ntk": {"rotary_scaling": "ntk", "rotary_scaling_factor": 8.0},
+    "rotary_ntk_2d": {"rotary_scaling": "ntk", "rotary_scaling_factor": 8.0, "positions": "rotary_2d"},
     "learned_2d": {"positions": "learned_2d"},
     "no_positions": {"positions": "none"},
     "gelu": {"activation": "gelu"},
@@ -220,6 +223,7 @@ def test_each_attention_on_a_cpu_is_that_of_float64(model, attention):
         {"norm_placement": "post"},
         {"norm_eps": 1e-2},
         {"rotary_base": 9000.0},
+        {"rotary_scaling": "ntk", "rotary_scaling_factor": 1.1},
     ],
     ids=str,
 )

@@ -79,6 +79,7 @@ def make_run(path: Path, steps: int = 300, **changes: object) -> Path:
             "step_seconds": 0.17,
             "loss_by_group": {(group := noise.choice(["gmask/zh", "mask/en", "gmask/en"])): loss},
             "targets_by_group": {group: 250},
+            **({"bubble": 0.2, "bubble_least": 0.1} if step % 10 == 0 else {}),
         }
         folder.append("metrics", [{**record, **changes}])
     for step in range(100, steps + 1, 100):
@@ -113,7 +114,7 @@ def test_the_page_has_everything_and_loads_nothing(tmp_path):
     assert checked.outside == []
     assert "url(" not in page
     assert "@import" not in page
-    assert checked.charts == 7
+    assert checked.charts == 8
     for words in (
         "Under the unigram baseline",
         "0.580",
@@ -128,6 +129,7 @@ def test_the_page_has_everything_and_loads_nothing(tmp_path):
         "attempt 1, started",
         "hidden_size: 256",
         "3 GiB",
+        "1F1B at best",
         "954 MiB",
         "3k",
     ):

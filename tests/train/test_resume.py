@@ -319,7 +319,10 @@ def test_initialize_from_takes_the_weights_alone(
     whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
     run_dir = tmp_path / "run"
-    command("train", *overrides, f"run_dir={run_dir}", f"initialize_from={whole_run}", "max_steps=2")
+    # A context twice as long, to which the positions are squeezed.
+    longer = ["sequence_length=128", "model.max_positions=128", "model.rotary_scaling=linear"]
+    longer.append("model.rotary_scaling_factor=2")
+    command("train", *overrides, *longer, f"run_dir={run_dir}", f"initialize_from={whole_run}", "max_steps=2")
     fresh, before = lines(run_dir), lines(whole_run)
     assert fresh[0]["consumed_samples"] == before[0]["consumed_samples"]
     assert fresh[0]["loss"] < before[0]["loss"]

@@ -23,6 +23,7 @@ _PRE_NORM = {
     "model.positions": ("rotary_1d",),
     "model.activation": ("swiglu",),
     "model.rotary_fp16_angles": (False,),
+    "model.rotary_scaling": ("none",),
 }
 
 

@@ -15,6 +15,7 @@ _DEEPNORM = {
     "model.rotary_fraction": (1.0,),
     "model.rotary_interleaved": (False,),
     "model.rotary_base": (10000.0,),
+    "model.rotary_scaling": ("none",),
     "model.bias": ("all",),
 }
 

@@ -98,6 +98,20 @@ class Context:
             return 1.0
         return self.model.deepnorm_alpha or (2.0 * self.model.num_layers) ** 0.5
 
+    @property
+    def rotary_base_and_scale(self) -> tuple[float, float]:
+        """Base of the rotary frequencies and divisor of the positions, after model.rotary_scaling.
+
+        ntk: base · factor^(d/(d−2)) over the d dims of an axis, so that θ of the last pair, base^−(d−2)/d, is divided
+        by the factor and that of the first, 1, is kept.
+        """
+        model = self.model
+        factor = model.rotary_scaling_factor
+        if model.rotary_scaling == "ntk":
+            dims = round(self.head_dim * model.rotary_fraction) // (2 if model.positions == "rotary_2d" else 1)
+            return model.rotary_base * factor ** (dims / (dims - 2)), 1.0
+        return model.rotary_base, factor if model.rotary_scaling == "linear" else 1.0
+
     def std(self, fan_in: int, fan_out: int, *, branch: bool) -> float:
         """Deviation of a matrix's initial values. branch: the matrices that DeepNorm damps (value, output, FFN)."""
         model = self.model

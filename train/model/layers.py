@@ -193,6 +193,7 @@ class Attention(nn.Module):
     def _rotate(self, x: Tensor, bias: Tensor | None, positions: Tensor, *, period: int, passthrough: int) -> Tensor:
         model = self.context.model
         modes = {"rotary_1d": "1d", "rotary_2d": "2d"}
+        base, scale = self.context.rotary_base_and_scale
         return self.context.ops.rotary(
             x,
             bias,
@@ -202,7 +203,8 @@ class Attention(nn.Module):
             rotary_dim=round(self.context.head_dim * model.rotary_fraction),
             mode=modes.get(model.positions, "none"),
             interleaved=model.rotary_interleaved,
-            base=model.rotary_base,
+            base=base,
+            scale=scale,
             fp16_angles=model.rotary_fp16_angles,
         )
 
@@ -241,8 +243,8 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """What the two placements share: the branches, their dropout, and recomputation.
 
-    Recomputing a branch stops at the last tensor that its backward pass needs, before its last product and the sum over
-    the tensor-parallel ranks.
+    Recomputing a branch stops at the last tensor that its backward pass needs, before the sum over the tensor-parallel
+    ranks, and before its last product too where autograd keeps that product's inputs itself.
     """
 
     def __init__(self, context: Context, index: int) -> None:

@@ -51,7 +51,11 @@ def rotate(x, positions, config):
         return x
     rotated = round(x.shape[-1] * config.rotary_fraction)
     dims = rotated // axes
-    inverse = config.rotary_base ** -(torch.arange(0, dims, 2, dtype=torch.float32, device=x.device) / dims)
+    scaling = getattr(config, "rotary_scaling", "none")  # as train/model/context.py has it
+    factor = 1.0 if scaling == "none" else config.rotary_scaling_factor
+    base = config.rotary_base * (factor ** (dims / (dims - 2)) if scaling == "ntk" else 1.0)
+    inverse = base ** -(torch.arange(0, dims, 2, dtype=torch.float32, device=x.device) / dims)
+    inverse = inverse / factor if scaling == "linear" else inverse
     place = positions[:, :axes].transpose(1, 2)[:, :, None, :, None]  # [batch, slots, 1, axes, 1]
     if config.rotary_fp16_angles:  # as GLM-130B's released code
         angle = place.half() * inverse.half()
