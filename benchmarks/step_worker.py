@@ -412,6 +412,10 @@ def profile(function: Callable[[], Tensor]) -> list[dict[str, Any]]:
 CONTENDERS = {
     "tiankong": Contender(tiankong(), peer=False),
     "tiankong_recompute": Contender(tiankong("parallel.activation_checkpointing=full"), peer=False),
+    "tiankong_selective": Contender(
+        tiankong("parallel.activation_checkpointing=ffn", "parallel.activation_checkpointing_every_layers=2"),
+        peer=False,
+    ),
     "tiankong_references": Contender(tiankong("kernels=reference"), peer=False),
     "tiankong_compiled_references": Contender(tiankong("kernels=compile"), peer=False),
     "litgpt": Contender(litgpt(compiled=True)),
