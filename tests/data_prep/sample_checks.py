@@ -1,6 +1,7 @@
 """Takes a sample apart without the code that made it: what it hides, and what it should be."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,33 +65,35 @@ def take_apart(sample: Sample, tokenizer: Tokenizer, two_dimensional: bool = Fal
             text = np.concatenate([context[:-1], generation])
             result.append(Taken(text, [(len(context) - 1, len(generation))], end - begin, [0]))
         else:
-            places = [place for place, token in enumerate(context.tolist()) if token in masks]
-            filling: dict[int, NDArray[np.int64]] = {}
+            # Lists: the blocks are a few tokens each, and arrays would cost more than they save.
+            seen, wanted, ones, twos = (values.tolist() for values in (tokens, targets, first, second))
+            places = [place for place, token in enumerate(seen[: len(context)]) if token in masks]
+            filling: dict[int, list[int]] = {}
             order = []
-            starts = np.flatnonzero(tokens[len(context) :] == tokenizer.sop) + len(context)
-            for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
-                block = targets[start:stop]
+            starts = [slot for slot in range(len(context), len(seen)) if seen[slot] == tokenizer.sop]
+            for start, stop in zip(starts, [*starts[1:], len(seen)], strict=True):
+                block, size_of_block = wanted[start:stop], stop - start
                 assert block[-1] == tokenizer.eop
-                assert (tokens[start + 1 : stop] == block[:-1]).all()
-                place = int(first[start])
-                assert (first[start:stop] == place).all()
-                expected = np.arange(1, stop - start + 1) if two_dimensional else 0
-                assert (second[start:stop] == expected).all()
+                assert seen[start + 1 : stop] == block[:-1]
+                place = ones[start]
+                assert ones[start:stop] == [place] * size_of_block
+                expected = list(range(1, size_of_block + 1)) if two_dimensional else [0] * size_of_block
+                assert twos[start:stop] == expected
                 assert place in places, "a block must point at a mask"
                 assert place not in filling, "a mask is filled once"
                 assert len(block) >= 2
                 filling[place] = block[:-1]
                 order.append(places.index(place))
+            assert starts[0] == len(context), "the generation begins with a block"
             assert sorted(filling) == places, "every mask is filled"
-            assert (np.diff(places) > 1).all(), "spans never touch"
-            pieces, spans, at, done = [], [], 0, 0
+            assert all(one + 1 < other for one, other in pairwise(places)), "spans never touch"
+            text, spans, done = [], [], 0
             for place in places:
-                pieces += [context[done:place], filling[place]]
-                at += place - done
-                spans.append((at, len(filling[place])))
-                at += len(filling[place])
+                text += seen[done:place]
+                spans.append((len(text), len(filling[place])))
+                text += filling[place]
                 done = place + 1
-            pieces.append(context[done:])
-            result.append(Taken(np.concatenate(pieces), spans, end - begin, order))
+            text += seen[done : len(context)]
+            result.append(Taken(np.array(text, dtype=np.int64), spans, end - begin, order))
         begin = end
     return result
