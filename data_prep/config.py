@@ -72,6 +72,8 @@ class SamplingConfig:
         _within("data.sampling.max_span_tokens", self.max_span_tokens, 1, 10_000)
         _within("data.sampling.mask_segments", self.mask_segments, 1, 1024)
         _within("data.sampling.mixture_period", self.mixture_period, 1, 1_000_000)
+        if self.starts_with_enc and self.objective == "causal":
+            raise ConfigError("data.sampling.starts_with_enc=true is for blanks; objective=causal has none")
         if abs(self.gmask_share + self.mask_share - 1.0) > 1e-6:
             raise ConfigError(
                 f"data.sampling.gmask_share={self.gmask_share} and data.sampling.mask_share={self.mask_share} "

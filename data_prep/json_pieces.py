@@ -38,12 +38,15 @@ class JsonPieces:
         try:
             self._stored: dict[str, Any] = json.loads(model)
             self._tokenizer = _made(self._stored)
-            ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-            self.count: int = max(ids) + 1
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            self.count: int = max(vocabulary.values()) + 1
+            added = self._stored.get("added_tokens") or []
+            # The library gives an added token whose spelling is a piece that piece's id, whatever the file says.
+            self._added = {token["content"]: vocabulary[token["content"]] for token in added}
+            self._special = {token["content"]: self._added[token["content"]] for token in added if token["special"]}
         except Exception as error:  # tokenizers raises bare Exception, and the file may hold anything
             why = " ".join(str(error).split())[:200]
             raise DataError(f"{name}: not a tokenizer.json of Hugging Face's tokenizers ({why})") from error
-        self._special = {t["content"]: t["id"] for t in self._stored.get("added_tokens") or [] if t.get("special")}
         self._byte_level = any(part.get("type") == "ByteLevel" for part in _parts(self._stored))
 
     def encode(self, text: str, inside: bool = False) -> list[int]:
@@ -67,7 +70,7 @@ class JsonPieces:
     def surface(self, token: int) -> bytes:
         """As `Pieces.surface`."""
         spelt = self.spelling(token)
-        if token in self._added:
+        if self._added.get(spelt) == token:
             return b"" if spelt in self._special else spelt.encode()
         if token == self.unknown():
             return b""
@@ -106,10 +109,6 @@ class JsonPieces:
             for special, names in _SPELLINGS.items()
             if any(name in self._special for name in names)
         }
-
-    @cached_property
-    def _added(self) -> set[int]:
-        return {int(token["id"]) for token in self._stored.get("added_tokens") or []}
 
     @cached_property
     def _fallback(self) -> set[int]:

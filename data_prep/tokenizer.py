@@ -26,7 +26,7 @@ SPECIALS = ("MASK", "gMASK", "sMASK", "eod", "sop", "eop", "ENC", "dBLOCK")
 """Special tokens in the order of their ids (facts of the icetk tokenizer): pieces + 0, + 1, …"""
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE = "tiankong.json"
 """Image tokens and special tokens, where they were given."""
 
 _MASKS = re.compile(r" ?\[(MASK|gMASK|sMASK)\]")
@@ -82,10 +82,10 @@ class Tokenizer:
             if candidate.is_file():
                 try:
                     model, saved = candidate.read_bytes(), candidate.with_name(SETTINGS_FILE)
-                    settings = json.loads(saved.read_bytes()) if saved.is_file() else {}
+                    settings = dict(json.loads(saved.read_bytes()) if saved.is_file() else {})
                 except OSError as error:
                     raise DataError(f"{candidate}: cannot be read ({error.strerror})") from error
-                except ValueError as error:
+                except (ValueError, TypeError) as error:
                     raise DataError(f"{saved}: damaged ({error}); restore it beside {candidate.name}") from error
                 return Tokenizer(
                     model,

@@ -7,7 +7,9 @@ import pytest
 from sample_checks import take_apart
 
 from data_prep.batch import GMASK, KINDS, MASK, SMASK
+from data_prep.config import SamplingConfig
 from data_prep.dataset import Dataset
+from data_prep.errors import ConfigError
 from data_prep.samples import Sampler
 from train.cli import compose_train
 from train.generation.forms import Form
@@ -92,3 +94,8 @@ def test_blanks_are_filled_in_the_form_of_training(dataset: Dataset, recipe: obj
         first = form.openings[0]
         at = int(starts[sample.positions[0, starts] == first.place][0])
         assert [list(first.position(inside)) for inside in range(2)] == sample.positions[:, at : at + 2].T.tolist()
+
+
+def test_a_model_without_blanks_has_no_enc() -> None:
+    with pytest.raises(ConfigError, match=r"data\.sampling\.starts_with_enc=true is for blanks"):
+        SamplingConfig(objective="causal", starts_with_enc=True)

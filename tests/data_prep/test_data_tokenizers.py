@@ -143,7 +143,8 @@ def test_the_ice_text_model_gives_icetks_ids(files: dict[str, Path], texts: list
         ("tokenizer.json", b'{"model": {"type": "BPE"}}', "not a tokenizer.json"),
         ("tokenizer.json", b"\xff\xfe", "not a tokenizer.json"),
         ("ice_text.model", b"x", "not a SentencePiece model"),
-        ("settings.json", b"{", "settings.json: damaged"),
+        ("tiankong.json", b"{", "tiankong.json: damaged"),
+        ("tiankong.json", b"[1]", "tiankong.json: damaged"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(
@@ -152,7 +153,7 @@ def test_a_bad_file_is_refused_in_one_line(
     (tmp_path / "tokenizer.json").write_bytes(files["byte_level"].read_bytes())
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        Tokenizer.load(tmp_path / ("tokenizer.json" if name == "settings.json" else name))
+        Tokenizer.load(tmp_path / ("tokenizer.json" if name == "tiankong.json" else name))
     assert "\n" not in str(caught.value)
 
 
@@ -196,7 +197,7 @@ def test_shards_are_written_with_it_and_stay_with_it(tmp_path: Path, files: dict
     config.tokenizer = TokenizerConfig(path=str(files[name]), threads=1)
     with pytest.raises(ConfigError, match=r"tokenizer\.path"):
         prepare(config)
-    (tmp_path / "data" / "tokenizer" / "settings.json").unlink()
+    (tmp_path / "data" / "tokenizer" / "tiankong.json").unlink()
     with pytest.raises(DataError, match="tokenizer that made the shards"):
         Dataset.open(tmp_path / "data")
 
