@@ -1,8 +1,10 @@
 """Stopping and going on: killed, asked to stop, resumed by other ranks, with damaged files or a full disk.
 
-Each run is a real command in a process of its own, as a user starts it.
+Each run is a real command in a process of its own, as a user starts it; but for other layouts of two ranks, which take
+turns in the same two processes.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -20,10 +22,14 @@ import psutil
 import pytest
 import torch
 
+from data_prep.dataset import Dataset
 from tests.conftest import ROOT, Command
+from tests.train.parity import in_ranks
 from train.checkpoint.inspect import flat
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import checkpoint_steps, damage, step_folder
+from train.cli import compose_train
+from train.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.e2e
 STEPS = 24
@@ -154,25 +160,52 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "layout",
-    [
-        [],
-        ["parallel.tensor_parallel=2", "resume.reshape=true"],
-        ["parallel.pipeline_parallel=2", "resume.reshape=true"],
-        ["parallel.zero_stage=3", "resume.reshape=true"],
-    ],
-    ids=["data_parallel", "tensor_parallel", "pipeline_parallel", "zero_3"],
-)
 def test_two_ranks_go_on_with_the_same_samples(
-    layout: list[str], whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+    whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir = until_step_10(whole_run, tmp_path / "run")
+    command("launch", "cluster.processes=2", *overrides, f"run_dir={run_dir}")
+    gone_on(run_dir, whole_run)
+
+
+@pytest.mark.distributed
+def test_two_ranks_of_another_layout_go_on_with_the_same_samples(
+    whole_run: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    layouts = ["tensor_parallel=2", "pipeline_parallel=2", "zero_stage=3"]
+    folders = {layout: until_step_10(whole_run, tmp_path / layout) for layout in layouts}
+    words = [
+        [*overrides, f"parallel.{layout}", "resume.reshape=true", f"run_dir={folder}"]
+        for layout, folder in folders.items()
+    ]
+    in_ranks(2, _train_each, words)
+    for folder in folders.values():
+        gone_on(folder, whole_run)
+
+
+def _train_each(runs: list[list[str]]) -> None:
+    """Train each run, as `python -m train` does once its process group is up."""
+    from train import backend, rules
+    from train.trainer import Trainer
+
+    for words in runs:
+        config = compose_train(words)
+        rules.check(config, world_size=backend.world_size())
+        with contextlib.closing(Heartbeat(config.run_dir, backend.global_rank())) as heart:
+            Trainer(config, Dataset.open(config.data.path), backend.make_mesh(config), heart).run()
+
+
+def until_step_10(whole_run: Path, run_dir: Path) -> Path:
+    """A copy of the run whose newest checkpoint is of step 10."""
     shutil.copytree(whole_run, run_dir)
     for step in checkpoint_steps(run_dir):
         if step > 10:
             shutil.rmtree(step_folder(run_dir, step))
-    command("launch", "cluster.processes=2", *overrides, *layout, f"run_dir={run_dir}")
+    return run_dir
+
+
+def gone_on(run_dir: Path, whole_run: Path) -> None:
+    """The run took the same samples as the whole one, to the same losses."""
     found, expected = lines(run_dir), lines(whole_run)
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     for line, other in zip(found, expected, strict=True):
