@@ -8,6 +8,7 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.train.test_resume import lines, started, steps_written, wait_for
 from train.config import StressConfig
 from train.model.parameters import split
 from train.stability.detector import SMALLEST_DEVIATION, Detector
+from train.stability.reactions import Reactions
 from train.stability.stress import NGRAM, flipped, local_index, poisoned
 
 POISON = ["stability.stress.poison_samples=[103,115]", "stability.spike_window=16", "optimizer.lr=5e-3"]
@@ -226,6 +228,32 @@ def test_a_killed_run_with_events_repeats_itself_bit_for_bit(
     command("train", *overrides, f"run_dir={tmp_path / 'run'}")
     assert lines(tmp_path / "run") == lines(whole_run)
     assert events(tmp_path / "run") == events(whole_run)
+
+
+def _reset_scale(step: int) -> list[float]:
+    from train import backend
+
+    with mock.patch.object(type(backend.get_accelerator()), "is_fp16_supported", return_value=True):
+        act = f"stability.events=[{{step: {step}, action: reset_loss_scale}}]"
+        scale = ["precision.loss_scale_initial_power=24", "precision.loss_scale_hysteresis=1"]
+        engine = start_engine(["precision=fp16", *scale, act])
+        reactions, scales = Reactions(engine.config, engine), []
+        for number in range(1, step + 3):
+            told = reactions.before(number, (number - 1) * BATCH)
+            assert [event["step"] for event in told] == ([step] if number == step else [])
+            result = engine.step(my_batches(engine, (number - 1) * BATCH, BATCH), LR, SHRINK)
+            scales.append(result.loss_scale)
+    return scales
+
+
+@pytest.mark.distributed
+def test_the_loss_scale_goes_back_to_its_start() -> None:
+    """It overflows at 2^24, falls, and after the act stands at 2^24 again, from where it falls once more."""
+    step = 4
+    scales = in_ranks(1, _reset_scale, step)
+    assert scales[0] == 2**24 == scales[step - 1]
+    assert scales[step - 2] < 2**24
+    assert scales[step] == 2**23
 
 
 @pytest.mark.e2e
