@@ -63,9 +63,11 @@ def test_recomputed_activations_change_nothing() -> None:
     modes = [["none"], ["full"], ["attention"], ["ffn"], ["full", "parallel.activation_checkpointing_every_layers=3"]]
     words = [[f"parallel.activation_checkpointing={name}", *rest, *DROPOUT] for name, *rest in modes]
     pre = ["model.norm_placement=sandwich", "micro_batch_size=4"]
-    for world, layout in ((1, pre), (2, [PIPELINE]), (2, [TENSOR, "parallel.sequence_parallel=true", *pre])):
-        kept, *recomputed = curves(world, [[*layout, *mode] for mode in words], 3)
-        assert recomputed == [kept] * (len(modes) - 1), layout
+    shares = [TENSOR, "parallel.sequence_parallel=true", *pre]
+    # What divides the ranks recomputes `full` for 20 steps in test_parity.py.
+    for world, layout, tried in ((1, pre, words), (2, [PIPELINE, pre[1]], words), (2, shares, [words[0], *words[2:4]])):
+        kept, *recomputed = curves(world, [[*layout, *mode] for mode in tried], 3)
+        assert recomputed == [kept] * (len(tried) - 1), layout
 
 
 @pytest.mark.parametrize("layout", [[], [TENSOR], [PIPELINE], ["parallel.zero_stage=2"], ["parallel.zero_stage=3"]])
