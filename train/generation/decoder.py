@@ -67,13 +67,12 @@ class Decoder:
         """
         self._fed[:, 0] = tokens
         self._fed[:, 1:] = positions
-        with self.cache.attached():
-            if self._run is None:
-                filled = self.lengths.clone()
-                self._run = backend.capture(self._advance) if self._captures else self._advance
-                # Capturing ran it once.
-                self.lengths.copy_(filled)
-            return self._run()
+        if self._run is None:
+            filled = self.lengths.clone()
+            self._run = backend.capture(self._advance) if self._captures else self._advance
+            # Capturing ran it once.
+            self.lengths.copy_(filled)
+        return self._run()
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, positions: Tensor) -> None:
@@ -100,7 +99,8 @@ class Decoder:
         return meta.to(torch.int32)
 
     def _advance(self) -> Tensor:
-        logits = self._forward(self._fed[:, :1], self._meta(self._fed[:, 1:, None]))
+        with self.cache.attached():
+            logits = self._forward(self._fed[:, :1], self._meta(self._fed[:, 1:, None]))
         self.lengths += 1
         return logits
 

@@ -74,37 +74,33 @@ class KeyValueCache:
     Inside `attached` the model stores and reads them: its meta then has a fifth row, the slot of each token.
     """
 
-    def __init__(self, model: Model, layers: list[LayerCache]) -> None:
-        self._model, self.layers = model, layers
+    def __init__(self, attentions: list[Attention], layers: list[LayerCache]) -> None:
+        self._attentions, self.layers = attentions, layers
 
     @staticmethod
     def empty(model: Model, rows: int, slots: int) -> "KeyValueCache":
         """A cache in which nothing is stored yet."""
+        attentions = [module for module in model.modules() if isinstance(module, Attention)]
         with torch.no_grad():
-            prefixes = [attention.prefix_parts() for attention in _attentions(model)]
-        return KeyValueCache(model, [LayerCache(rows, slots, prefix) for prefix in prefixes])
+            prefixes = [attention.prefix_parts() for attention in attentions]
+        return KeyValueCache(attentions, [LayerCache(rows, slots, prefix) for prefix in prefixes])
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The model's attention runs over this cache."""
-        attentions = _attentions(self._model)
-        for attention, layer in zip(attentions, self.layers, strict=True):
+        for attention, layer in zip(self._attentions, self.layers, strict=True):
             attention.cache = layer
         try:
             yield
         finally:
-            for attention in attentions:
+            for attention in self._attentions:
                 attention.cache = None
 
     def spread(self, rows: Tensor, places: Tensor) -> "KeyValueCache":
         """A cache of copied slots: row i, slot j is this one's (rows[i], places[i, j]); int64 [n], [n, slots]."""
-        return KeyValueCache(self._model, [layer.spread(rows, places) for layer in self.layers])
+        return KeyValueCache(self._attentions, [layer.spread(rows, places) for layer in self.layers])
 
     def reorder(self, rows: Tensor) -> None:
         """Row i of every layer becomes what row rows[i] was."""
         for layer in self.layers:
             layer.reorder(rows)
-
-
-def _attentions(model: Model) -> list[Attention]:
-    return [module for module in model.modules() if isinstance(module, Attention)]
