@@ -43,12 +43,18 @@ class HarnessConfig:
     """Folder with task files of one's own."""
     limit: int | None = None
     """Items of each task; null means all."""
+    batch_size: int = 8
+    """Texts that are written side by side."""
     output: str | None = None
     """JSON file for the result; null prints it only."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size} must be at least 1")
+
 
 class Model(LM):
-    """What lm-eval asks of a model: log likelihoods and greedy text."""
+    """What lm-eval asks of a model: log likelihoods, and text."""
 
     def __init__(self, trained: Trained, batch_size: int = 8) -> None:
         super().__init__()
@@ -89,20 +95,39 @@ class Model(LM):
         return [sum(next(scores)[0].log_probability for _ in range(size)) for size in sizes]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy text behind each context, cut before the first of its `until` strings."""
-        found = []
-        for request in requests:
-            context, settings = request.args
-            longest = min(int(settings.get("max_gen_toks", 64)), self._limit // 2)
-            tokens = self._with_mask(self._trained.tokenizer.encode(clean_text(context)), self._limit - longest - 1)
-            written = fill_all(
-                self._trained.model, self._trained.tokenizer, [tokens], Decoding(longest), causal=self._causal
-            )[0][0]
-            text = self._trained.tokenizer.decode(written)
-            for stop in settings.get("until", []):
-                text = text.split(stop)[0] if stop else text
-            found.append(text)
+        """Text behind each context, cut before the first of its `until` strings: greedy, or drawn at a temperature."""
+        found = [""] * len(requests)
+        alike: dict[Decoding, list[int]] = {}
+        for number, request in enumerate(requests):
+            alike.setdefault(self._decoding(request.args[1]), []).append(number)
+        for decoding, numbers in alike.items():
+            # Neighbours of like length: little padding.
+            numbers.sort(key=lambda number: len(requests[number].args[0]))
+            for first in range(0, len(numbers), self._batch_size):
+                part = numbers[first : first + self._batch_size]
+                for number, text in zip(
+                    part, self._written([requests[n].args[0] for n in part], decoding), strict=True
+                ):
+                    found[number] = _cut(text, requests[number].args[1].get("until"))
         return found
+
+    def _decoding(self, settings: dict[str, Any]) -> Decoding:
+        """What a request's settings mean here; an answer takes at most half of the model's positions."""
+        longest = min(int(settings.get("max_gen_toks", 64)), self._limit // 2)
+        if not settings.get("do_sample", False) or not settings.get("temperature", 1.0):
+            return Decoding(longest)
+        return Decoding(
+            longest,
+            temperature=float(settings.get("temperature", 1.0)),
+            top_k=int(settings.get("top_k", 0)),
+            top_p=float(settings.get("top_p", 1.0)),
+        )
+
+    def _written(self, contexts: Sequence[str], decoding: Decoding) -> list[str]:
+        tokenizer, room = self._trained.tokenizer, self._limit - decoding.max_new_tokens - 1
+        tokens = [self._with_mask(tokenizer.encode(clean_text(context)), room) for context in contexts]
+        written = fill_all(self._trained.model, tokenizer, tokens, decoding, causal=self._causal)
+        return [tokenizer.decode(blanks[0]) for blanks in written]
 
     def _form(self, tokens: list[int], room: int) -> Form:
         """A context that takes at most `room` slots; what is too much goes from its start."""
@@ -119,6 +144,13 @@ class Model(LM):
         return [*tokens[max(0, len(tokens) + 1 - room) :], self._trained.tokenizer.gmask]
 
 
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    """The text before the first of the strings."""
+    for stop in [until] if isinstance(until, str) else until or []:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
 def main(config: HarnessConfig) -> int:
     """Run the tasks, print lm-eval's table, write `output`. Raises ConfigError, DataError."""
     if LM is object:
@@ -131,7 +163,7 @@ def main(config: HarnessConfig) -> int:
     unknown = [name for name in config.tasks if name not in manager.all_tasks]
     if unknown or not config.tasks:
         raise ConfigError(f"tasks={config.tasks}: lm-eval knows no {unknown or 'task of that name'}; see include=")
-    model = Model(load_trained(config.checkpoint, backend.device()))
+    model = Model(load_trained(config.checkpoint, backend.device()), config.batch_size)
     result = lm_eval.simple_evaluate(
         model=model, tasks=list(config.tasks), task_manager=manager, limit=config.limit, bootstrap_iters=0
     )
