@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "chatglm2_6b": CAUSAL,
     "glm": CAUSAL,
     "llama": LLAMA,
+    "qwen2": {**LLAMA, "bias": "qkv"},
     "huggingface": {"positions": "learned_2d", "norm_placement": "sandwich", "activation": "gelu"},
 }
 """A model that each format can hold, as changes to `model_of`'s defaults."""

@@ -52,6 +52,7 @@ CASES = [
     # Halves become neighbours and back; heads of their own become groups of one; a tied head.
     ("glm", "fp32", 1, LLAMA),
     ("llama", "bf16", 1, {"rotary_interleaved": True, "num_kv_heads": None}),
+    ("qwen2", "fp16", 1, {}),
     ("glm", "fp16", 1, {"num_kv_heads": None, "tied_embeddings": True, "rotary_interleaved": False}),
     ("huggingface", "fp16", 1, {}),
     ("huggingface", "fp32", 1, CAUSAL),

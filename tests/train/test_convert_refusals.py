@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep import cli
 from data_prep.errors import EXIT_CONFIG, EXIT_DATA
-from tests.train.convert_helpers import MODELS, config_of, convert, model_of, weights_of, write_checkpoint
+from tests.train.convert_helpers import MODELS, config_of, convert, model_of, same, stored, weights_of, write_checkpoint
 from train.convert import folder as folder_module
 from train.convert import tensor_files
 from train.convert.__main__ import main
@@ -240,13 +240,25 @@ def test_a_disk_that_is_too_small_and_one_that_fills_up(tmp_path, folders, capsy
     assert "the disk is full" in refused(capsys, EXIT_DATA, source, target, "format=chatglm_6b")
 
 
-def test_a_foreign_config_of_an_unknown_rope(tmp_path, tiny_dataset, capsys):
-    model = model_of(**MODELS["llama"])
+def test_a_foreign_config_of_an_unknown_rope_or_a_window(tmp_path, tiny_dataset, capsys):
+    model = model_of(**MODELS["qwen2"])
     config = config_of(model, objective="causal")
     source = write_checkpoint(tmp_path / "source", config, weights_of(model), tiny_dataset)
-    away = convert(source, tmp_path / "away", "llama")
+    away = convert(source, tmp_path / "away", "qwen2")
     description = json.loads((away / "config.json").read_text())
     del description["tiankong"]
-    description["rope_parameters"]["rope_type"] = "yarn"
     (away / "config.json").write_text(json.dumps(description))
-    assert "rope_type=yarn" in refused(capsys, EXIT_CONFIG, away, tmp_path / "target", "format=llama")
+    # As Qwen2's own files are: nothing of ours, and no word on the bias that its class always has.
+    assert "attention_bias" in description
+    (away / "config.json").write_text(json.dumps({key: description[key] for key in description if "bias" not in key}))
+    assert same(stored(convert(away, tmp_path / "home", "qwen2")), stored(source))
+    rope = {**description["rope_parameters"], "rope_type": "yarn"}
+    for change, said in (
+        ({"rope_parameters": rope}, "rope_type=yarn"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+    ):
+        (away / "config.json").write_text(json.dumps(description | change))
+        assert said in refused(capsys, EXIT_CONFIG, away, tmp_path / "target", "format=qwen2")
+    wide = model_of(**MODELS["qwen2"], head_dim=16)
+    other = write_checkpoint(tmp_path / "wide", config_of(wide, objective="causal"), weights_of(wide), tiny_dataset)
+    assert "model.head_dim=16" in refused(capsys, EXIT_CONFIG, other, tmp_path / "target", "format=qwen2")

@@ -22,7 +22,7 @@ from tests.data_prep.tokenizer_files import byte_level, ice_text_model, metaspac
 from tests.train.convert_helpers import (
     CAUSAL,
     CHATGLM,
-    LLAMA,
+    MODELS,
     config_of,
     convert,
     model_of,
@@ -122,13 +122,13 @@ def test_our_modeling_file_computes_training_samples(tmp_path, tiny_dataset, obj
     assert close(wanted * used, found * used)
 
 
-@pytest.mark.parametrize("form", ["glm", "llama"])
+@pytest.mark.parametrize("form", ["glm", "llama", "qwen2"])
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": None, "rotary_interleaved": True, "tied_embeddings": True}])
 def test_the_classes_that_transformers_ships(tmp_path, tiny_dataset, form, changes):
-    settings = {**(CAUSAL if form == "glm" else LLAMA), **changes}
+    settings = {**MODELS[form], **changes}
     trained, folder = exported(tmp_path, tiny_dataset, form, "causal", settings)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert type(model).__name__ == {"glm": "GlmForCausalLM", "llama": "LlamaForCausalLM"}[form]
+    assert type(model).__name__ == f"{form.capitalize()}ForCausalLM"
     tokens = torch.randint(0, 600, (3, 50), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         assert close(our_logits(trained, tokens, causal_meta(tokens)), model(tokens).logits)

@@ -29,6 +29,7 @@ _USES = {
     ),
     "glm": "Loads as `GlmForCausalLM` in transformers and vLLM, no code of its own needed.",
     "llama": "Loads as `LlamaForCausalLM` in transformers and vLLM, no code of its own needed.",
+    "qwen2": "Loads as `Qwen2ForCausalLM` in transformers and vLLM, no code of its own needed.",
     "glm_130b": "The layout of GLM-130B's release (SwissArmyTransformer): one file a tensor-parallel rank.",
     "chatglm_6b": "ChatGLM-6B's layout: put that model's own modeling files beside it.",
     "chatglm2_6b": "ChatGLM2-6B's layout: put that model's own modeling files beside it.",
@@ -81,7 +82,7 @@ def _manifest(config: Config, checkpoint: Path) -> Manifest | None:
 def _front(config: Config, settings: ConvertConfig, manifest: Manifest | None) -> str:
     """The header that model hubs read."""
     lines = ["---", f"tags: [glm, {config.data.sampling.objective.replace('_', '-')}]"]
-    if settings.format in ("huggingface", "glm", "llama"):
+    if settings.format in ("huggingface", "glm", "llama", "qwen2"):
         lines += ["library_name: transformers", "pipeline_tag: text-generation"]
     if manifest is not None:
         languages = sorted({source.lang for source in manifest.sources} & {"zh", "en"})

@@ -1,8 +1,8 @@
-"""Causal pre-norm models: ChatGLM2-6B's layout, and the Glm and Llama classes that transformers and vLLM ship.
+"""Causal pre-norm models: ChatGLM2-6B's layout, and the Glm, Llama and Qwen2 classes of transformers and vLLM.
 
 All are RMSNorm, SwiGLU and rotary. They put the gate before the linear half, and take rotary pairs as neighbours
-(ChatGLM2, Glm) or as halves (Llama); either is a permutation of the query and key rows, since scores see the sum over
-a pair only.
+(ChatGLM2, Glm) or as halves (Llama, Qwen2); either is a permutation of the query and key rows, since scores see the sum
+over a pair only.
 """
 
 from collections.abc import Iterator
@@ -166,7 +166,7 @@ _CAUSAL = {
 
 
 class _Shipped(Format):
-    """What transformers' Glm and Llama classes share."""
+    """What transformers' Glm, Llama and Qwen2 classes share."""
 
     causal = True
     shipped = True
@@ -176,7 +176,7 @@ class _Shipped(Format):
 
     def feed_forward(self, model: ModelConfig, layer: int) -> list[Entry]:
         """Entries of the first feed-forward product."""
-        raise NotImplementedError("Glm and Llama define it")
+        raise NotImplementedError("each class defines it")
 
     def entries(self, model: ModelConfig, vocabulary: Vocabulary) -> list[Entry]:
         rows = vocabulary.native_rows()
@@ -282,3 +282,25 @@ class Llama(_Shipped):
         gate, up = gate_up(model, layer)
         names = f"model.layers.{layer}.mlp.gate_proj.weight", f"model.layers.{layer}.mlp.up_proj.weight"
         return [Entry(names[0], (gate,)), Entry(names[1], (up,))]
+
+
+class Qwen2(Llama):
+    """Qwen2ForCausalLM: Llama with a bias on query, key and value, and heads that share out the hidden size."""
+
+    name = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+    only: ClassVar[Settings] = {**Llama.only, "model.bias": ("qkv",)}
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        model = config.model
+        if model.head_dim not in (None, model.hidden_size // model.num_heads):
+            raise ConfigError(
+                f"model.head_dim={model.head_dim} cannot be written as format=qwen2, whose heads are "
+                f"model.hidden_size / model.num_heads wide; use format=huggingface"
+            )
+
+    def model(self, stored: Json) -> Json:
+        if stored.get("use_sliding_window"):
+            raise ConfigError("use_sliding_window=true in config.json is not known here; attention has no window")
+        return {**super().model(stored), "bias": "qkv"}

@@ -30,7 +30,7 @@ class ConvertConfig:
     target: str = MISSING
     """Folder to make; it must not exist."""
     format: str = MISSING
-    """glm_130b, chatglm_6b, chatglm2_6b, glm, llama or huggingface."""
+    """glm_130b, chatglm_6b, chatglm2_6b, glm, llama, qwen2 or huggingface."""
     tensor_parallel: int = 1
     """glm_130b: how many files, one a rank, to write or to read."""
     dtype: str | None = None

@@ -6,7 +6,7 @@ config.json, and lists the only values of the model's settings that its code com
     glm_130b      SwissArmyTransformer's: latest, <step>/mp_rank_XX_model_states.pt, any tensor-parallel size
     chatglm_6b    ChatGLM-6B on Hugging Face
     chatglm2_6b   ChatGLM2-6B on Hugging Face
-    glm, llama    GlmForCausalLM and LlamaForCausalLM of transformers, which vLLM has too
+    glm, llama, qwen2    GlmForCausalLM, LlamaForCausalLM and Qwen2ForCausalLM of transformers, which vLLM has too
     huggingface   every model of this project: safetensors beside a modeling file of our own
 """
 

@@ -1,12 +1,12 @@
 """All formats by name."""
 
 from data_prep.errors import ConfigError
-from train.convert.causal_formats import ChatGlm2, Glm, Llama
+from train.convert.causal_formats import ChatGlm2, Glm, Llama, Qwen2
 from train.convert.formats import Format, HuggingFace
 from train.convert.glm_formats import ChatGlm6b, Glm130b
 
 FORMATS: dict[str, Format] = {
-    found.name: found for found in (Glm130b(), ChatGlm6b(), ChatGlm2(), Glm(), Llama(), HuggingFace())
+    found.name: found for found in (Glm130b(), ChatGlm6b(), ChatGlm2(), Glm(), Llama(), Qwen2(), HuggingFace())
 }
 """`format=` as the command line has it."""
 

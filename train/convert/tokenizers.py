@@ -27,7 +27,7 @@ def write_tokenizer(folder: Path, found: Format, vocabulary: Vocabulary, config:
     if tokenizer.kind == "json" and (found.ranked or vocabulary.image_tokens or vocabulary.specials != SPECIALS):
         raise ConfigError(
             f"format={found.name}: {tokenizer.name} cannot hold this format's special tokens and image_tokens; use "
-            "huggingface, glm or llama, or a SentencePiece tokenizer"
+            "huggingface, glm, llama or qwen2, or a SentencePiece tokenizer"
         )
     if tokenizer.kind != "json":
         write_bytes(folder / MODEL_FILE, tokenizer.model)
