@@ -1,19 +1,23 @@
 """Small checkpoints of any model, written as two tensor-parallel ranks write them, and folders compared."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from data_prep.cli import as_yaml
 from data_prep.files import checksum
+from train.checkpoint import model as checkpoint_model
 from train.checkpoint.pieces import Piece, PieceReader, save_pieces
 from train.checkpoint.select import write_manifest
 from train.cli import compose_train
 from train.config import Config, ModelConfig
+from train.convert import inward, outward
 from train.convert.__main__ import main
 from train.convert.config import ConvertConfig
 from train.convert.mapping import layouts
@@ -63,7 +67,7 @@ def config_of(model: ModelConfig, *, objective: str, dtype: str = "fp32") -> Con
     """A training config of that model."""
     positions = "2d" if model.positions in ("rotary_2d", "learned_2d") else "1d"
     words = [f"data.sampling.objective={objective}", f"data.sampling.positions={positions}"]
-    config = deepcopy(_composed("data.path=unknown", f"precision={dtype}", *words))
+    config = composed(["data.path=unknown", f"precision={dtype}", *words])
     config.model, config.sequence_length = model, model.max_positions
     return config
 
@@ -71,6 +75,22 @@ def config_of(model: ModelConfig, *, objective: str, dtype: str = "fp32") -> Con
 @lru_cache
 def _composed(*words: str) -> Config:
     return compose_train(words)
+
+
+def composed(words: Sequence[str]) -> Config:
+    """`compose_train`, which takes half a second, once for the same words."""
+    return deepcopy(_composed(*words))
+
+
+_read: dict[bytes, Config] = {}
+
+
+def read_config(path: Path) -> Config:
+    """`train.checkpoint.model.read_config`, once for the same content."""
+    content = path.read_bytes()
+    if content not in _read:
+        _read[content] = checkpoint_model.read_config(path)
+    return deepcopy(_read[content])
 
 
 def weights_of(model: ModelConfig, dtype: str = "fp32", seed: int = 0) -> dict[str, Tensor]:
@@ -111,7 +131,8 @@ def write_checkpoint(
 
 def convert(source: Path, target: Path, form: str, **settings: Any) -> Path:
     """`python -m train.convert` in this process."""
-    assert main(ConvertConfig(source=str(source), target=str(target), format=form, **settings)) == 0
+    with patch.object(inward, "compose_train", composed), patch.object(outward, "read_config", read_config):
+        assert main(ConvertConfig(source=str(source), target=str(target), format=form, **settings)) == 0
     return target
 
 

@@ -14,17 +14,18 @@ from tests.train.convert_helpers import (
     CAUSAL,
     LLAMA,
     MODELS,
+    composed,
     config_of,
     convert,
     model_of,
+    read_config,
     same,
     stored,
     weights_of,
     write_checkpoint,
 )
-from train.checkpoint.model import load_trained, read_config
+from train.checkpoint.model import load_trained
 from train.checkpoint.select import damage, find
-from train.cli import compose_train
 from train.convert.mapping import Mapping, layouts
 from train.convert.registry import FORMATS
 from train.convert.vocabulary import Vocabulary
@@ -98,7 +99,7 @@ def test_the_imported_model_computes_the_same(tmp_path, tiny_dataset):
 
 def test_names_and_shapes_of_the_released_glm_130b():
     """One rank of eight, from the published table."""
-    model = compose_train(["data.path=x", "model=glm_130b"]).model
+    model = composed(["data.path=x", "model=glm_130b"]).model
     cuts = layouts(model, 3, 8)
     entries = _mapping("glm_130b", model).entries
     found = {key: cuts[entry.parts[0].name].local_shape for key, entry in entries.items()}
@@ -123,11 +124,11 @@ def test_names_and_shapes_of_the_released_glm_130b():
 
 
 def test_names_and_shapes_of_the_released_chatglm_models():
-    first = _mapping("chatglm_6b", compose_train(["data.path=x", "model=chatglm_6b"]).model).shapes
+    first = _mapping("chatglm_6b", composed(["data.path=x", "model=chatglm_6b"]).model).shapes
     assert len(first) == 28 * 12 + 4
     assert first["lm_head.weight"] == first["transformer.word_embeddings.weight"] == (130528, 4096)
     assert first["transformer.layers.27.mlp.dense_h_to_4h.weight"] == (16384, 4096)
-    second = _mapping("chatglm2_6b", compose_train(["data.path=x", "model=chatglm2_6b"]).model).shapes
+    second = _mapping("chatglm2_6b", composed(["data.path=x", "model=chatglm2_6b"]).model).shapes
     assert len(second) == 28 * 7 + 3
     assert second["transformer.encoder.layers.0.self_attention.query_key_value.weight"] == (4608, 4096)
     assert second["transformer.encoder.layers.0.self_attention.query_key_value.bias"] == (4608,)
