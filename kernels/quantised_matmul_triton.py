@@ -77,18 +77,19 @@ def _vector_kernel(
         valid = byte < K // EACH
         mask = column_mask & valid[None, :]
         w = tl.load(to_w + byte[None, :], mask=mask, other=0)
+        if GROUP < K:
+            step = tl.load(to_scale + (byte * EACH // GROUP)[None, :], mask=mask, other=0.0).to(tl.float32)
+        else:
+            step = 1.0
         if BITS == 8:
             value = tl.load(to_x + byte, mask=valid, other=0.0).to(tl.float32)
-            term = w.to(tl.float32) * value[None, :]
+            total += w.to(tl.float32) * (value[None, :] * step)
         else:
             both = tl.load(to_x + 2 * byte[:, None] + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0)
             even, odd = tl.split(both.to(tl.float32))
             wide = w.to(tl.int32)
-            term = (wide >> 4).to(tl.float32) * even[None, :]
-            term += ((wide << 28) >> 28).to(tl.float32) * odd[None, :]
-        if GROUP < K:
-            term *= tl.load(to_scale + (byte * EACH // GROUP)[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += term
+            total += (wide >> 4).to(tl.float32) * (even[None, :] * step)
+            total += ((wide << 28) >> 28).to(tl.float32) * (odd[None, :] * step)
     result = tl.sum(total, 1)
     if GROUP == K:
         result *= tl.load(scale + column, mask=column < n, other=0.0).to(tl.float32)
@@ -96,7 +97,7 @@ def _vector_kernel(
 
 
 FEW = 4  # rows of x that go one by one
-VECTOR_TILE = (4, 1024, 4)  # rows of the weight, packed columns, warps
+VECTOR_TILE = (8, 1024, 4)  # rows of the weight, packed columns, warps
 TILE = (16, 64, 64, 4)  # rows of x, rows of the weight, packed columns, warps
 WIDE_TILE = (64, 64, 64, 4)  # for many rows of x
 
