@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 
@@ -216,18 +215,6 @@ def test_the_built_model_has_as_many_parameters(change):
     built = Model(Config(model=model, sequence_length=16), Mesh.single(), torch.float32)
     counted = sum(parameter.numel() for _, parameter in named_layouts(built.parameters()))
     assert parameters(model).total == counted
-
-
-def test_stages_are_cut_where_the_model_cuts_them():
-    from train.model.build import stage_bounds
-
-    for layers in range(2, 30):
-        for stages in range(1, layers + 3):
-            bounds = stage_bounds(layers, stages)
-            sizes = [stop - start for start, stop in pairwise(bounds)]
-            sizes[0] -= 1
-            sizes[-1] -= 1
-            assert layers_per_stage(layers, stages) == sizes
 
 
 @pytest.mark.parametrize(

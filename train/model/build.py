@@ -1,5 +1,6 @@
 """The list of layers, which part of it a stage holds, and the choice of kernels."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import ConfigError
 from kernels.resolve import TABLE, KernelError, choose, resolve
+from train.arithmetic import layers_per_stage
 from train.config import Config
 from train.labels import Labels
 from train.mesh import Mesh
@@ -24,23 +26,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def stage_bounds(num_layers: int, stages: int) -> list[int]:
-    """Where each stage starts in the list [embedding, layers…, head], and the list's end.
-
-    Slots are shared evenly with embedding and head counted as one each, so that the first and last stage hold one
-    layer fewer (GLM-130B: 72 slots over 8 stages); what does not divide goes to the middle stages first.
-    """
-    slots = num_layers + 2
-    sizes = [slots // stages] * stages
-    for extra in range(slots % stages):
-        sizes[_middle_first(stages)[extra]] += 1
-    bounds = [0]
-    for size in sizes:
-        bounds.append(bounds[-1] + size)
-    return bounds
-
-
-def _middle_first(stages: int) -> list[int]:
-    return sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage))
+    """Where each stage starts in the list [embedding, layers…, head], and the list's end."""
+    sizes = layers_per_stage(num_layers, stages)
+    sizes[0] += 1
+    sizes[-1] += 1
+    return [0, *itertools.accumulate(sizes)]
 
 
 def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Operations:
