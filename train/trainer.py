@@ -20,7 +20,6 @@ from data_prep.errors import ConfigError, DataError, RankFailed, RunFailed, Stop
 from data_prep.order import DataPlan, mixture_plan
 from data_prep.samples import Sampler
 from train import backend, rules
-from train.arithmetic import flops_per_token, model_flops_utilization
 from train.checkpoint import read, write
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.saver import Saver
@@ -36,11 +35,12 @@ from train.memory_use import MemoryUse
 from train.mesh import Mesh
 from train.model.build import DTYPES, operations
 from train.observers import MetricsObserver, Observer, ProgressObserver
+from train.records import Records
 from train.replicas import differing_replicas
 from train.resume import starting_point
 from train.run_folder import RunFolder, command_line
 from train.schedule import BatchSize, RunLength, embedding_shrink, learning_rate
-from train.scores import loss_by_group, targets, targets_by_group
+from train.scores import targets
 from train.signals import StopRequest
 from train.stability.reactions import Event, Reactions, target_of
 from train.stability.roll_back import checkpoint_before
@@ -140,11 +140,18 @@ class Trainer:
                 self._read_pending()
                 self._event(self.step + 1, "loss_scale_floor", str(error))
                 raise
-            self.step += 1
-            self.consumed_samples = consumed
-            self.trained_samples += len(global_batch) * self._samples_a_round
             samples = len(global_batch) * self._samples_a_round
-            self._pending.append((self._record(lr, samples, time.perf_counter() - clock), result))
+            self.step, self.consumed_samples = step, consumed
+            self.trained_samples += samples
+            record = self.records.begun(
+                step,
+                lr=lr,
+                consumed_samples=consumed,
+                trained_samples=self.trained_samples,
+                samples=samples,
+                seconds=time.perf_counter() - clock,
+            )
+            self._pending.append((record, result))
             if self.reactions.wait or self._due(self.config.logging.every_steps):
                 self._read_pending()
             if self._rolls_back:
@@ -194,19 +201,19 @@ class Trainer:
             self.held_out = together(self.mesh, lambda: _held_out(config, self.dataset))
             self.validation = Validation(self.held_out, config.evaluation.samples, self.engine)
         self.tasks = TaskEvaluation(config, self.engine, self.dataset.tokenizer) if config.evaluation.tasks else None
-        self._flops = flops_per_token(config.model, config.sequence_length)
-        self._device_name = config.cluster.hardware or backend.device_name()
+        self.records = Records(config, self.mesh)
         on_rank_zero(self.mesh, self._start_observers)
 
     def _start_observers(self) -> None:
         """What rank 0 writes and shows."""
         assert self.folder is not None
         config = self.config
-        if self._mfu(1.0) is None:
-            logger.warning("MFU is not shown: the peak of %s is not known", self._device_name)
+        device = self.records.device_name
+        if self.records.utilization(1.0) is None:
+            logger.warning("MFU is not shown: the peak of %s is not known", device)
         facts = {"world_size": self.mesh.world, **self.mesh.describe(), "zero_stage": config.parallel.zero_stage}
         self.folder.write_config(self.yaml)
-        self.folder.write_environment(None if self._device_name == "cpu" else self._device_name, **facts)
+        self.folder.write_environment(None if device == "cpu" else device, **facts)
         self.observers.append(MetricsObserver(self.folder))
         if config.logging.progress:
             self.observers.append(ProgressObserver(self.length.last_step(self.step, self.consumed_samples)))
@@ -286,29 +293,6 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
-    def _record(self, lr: float, samples: int, seconds: float) -> dict[str, Any]:
-        """What the host knows of a step; `tokens_per_second` holds its tokens until the time is known."""
-        length = self.config.sequence_length
-        return {
-            "step": self.step,
-            "lr": lr,
-            "consumed_samples": self.consumed_samples,
-            "consumed_tokens": self.trained_samples * length,
-            "tokens_per_second": samples * length,
-            "step_seconds": seconds,
-        }
-
-    def _timed(self, record: dict[str, Any], waited: float) -> dict[str, Any]:
-        """A record with its rates; waited: this step's share of the time in which the host waited for the device."""
-        seconds = record["step_seconds"] + waited
-        rate = record["tokens_per_second"] / seconds
-        return {**record, "tokens_per_second": rate, "step_seconds": seconds, "mfu": self._mfu(rate)}
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        return model_flops_utilization(
-            tokens_per_second * self._flops, self._device_name, self.config.precision.dtype, self.mesh.world
-        )
-
     def _read_pending(self) -> None:
         """Fetch the numbers of the steps since the last time, and hand them on. Raises RunFailed at a NaN."""
         self.heart.now("read", self.step)
@@ -319,7 +303,7 @@ class Trainer:
         records = []
         for (record, _), number in zip(pending, numbers, strict=True):
             self.target_tokens += targets(number.sums)
-            records.append({**self._timed(record, waited), **self._measured(number)})
+            records.append(self.records.done(record, number, waited=waited, target_tokens=self.target_tokens))
         if records:
             records[-1] |= self.memory.read() | self.engine.waiting()
         for observer in self.observers:
@@ -332,20 +316,6 @@ class Trainer:
                 self._rolls_back = event if target_of(event) is not None else None
             if self._rolls_back is None:
                 self._check_finite(step, number, result)
-
-    def _measured(self, number: StepNumbers) -> dict[str, Any]:
-        measured: dict[str, Any] = {
-            "loss": number.loss,
-            "grad_norm": number.grad_norm,
-            "loss_scale": number.loss_scale,
-            "target_tokens": self.target_tokens,
-            "loss_by_group": loss_by_group(number.sums),
-            "targets_by_group": targets_by_group(number.sums),
-            "skipped": number.skipped,
-        }
-        measured |= {key: value for key, value in number.seen.items() if key == "embedding_grad_norm"}
-        measured |= {} if number.telemetry is None else {"telemetry": number.telemetry}
-        return measured | ({"z_loss": number.z_loss} if self.config.loss.z_loss else {})
 
     def _check_finite(self, step: int, number: StepNumbers, result: StepResult) -> None:
         """All ranks see the same numbers, so all of them raise."""
