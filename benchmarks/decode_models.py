@@ -59,23 +59,8 @@ class Ids:
 
 def config_for(form: str, shape: Shape, dtype: str, kernels: str = "auto") -> Any:
     """The training config of a model."""
-    return compose_train(
-        [
-            "data.path=unused",
-            "model=1b",
-            f"model.num_layers={shape.layers}",
-            f"model.hidden_size={shape.hidden}",
-            f"model.num_heads={shape.heads}",
-            f"model.ffn_hidden_size={shape.ffn}",
-            f"model.padded_vocab_size={shape.vocabulary}",
-            f"model.max_positions={shape.slots}",
-            f"sequence_length={shape.slots}",
-            "model.tied_embeddings=false",
-            f"precision={dtype}",
-            f"kernels={kernels}",
-            *(PRE_NORM if form == "llama" else ()),
-        ]
-    )
+    form_words = PRE_NORM if form == "llama" else ()
+    return compose_train([*shape.overrides, f"precision={dtype}", f"kernels={kernels}", *form_words])
 
 
 def model_of(form: str, shape: Shape, device: torch.device, dtype: str) -> tuple[Model, Any]:

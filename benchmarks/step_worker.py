@@ -37,6 +37,22 @@ class Shape:
     vocabulary: int
     slots: int
 
+    @property
+    def overrides(self) -> list[str]:
+        """This project's config of such a model, its head untied."""
+        return [
+            "data.path=unused",
+            "model=1b",
+            f"model.num_layers={self.layers}",
+            f"model.hidden_size={self.hidden}",
+            f"model.num_heads={self.heads}",
+            f"model.ffn_hidden_size={self.ffn}",
+            f"model.padded_vocab_size={self.vocabulary}",
+            f"model.max_positions={self.slots}",
+            f"sequence_length={self.slots}",
+            "model.tied_embeddings=false",
+        ]
+
 
 SHAPES = {
     "anchor": Shape(24, 2048, 16, 5504, 50304, 2048),
@@ -145,18 +161,9 @@ def glm(shape: Shape, micro_batch: int, accumulation: int, *overrides: str) -> A
     """Config of the GLM layer at a shape."""
     return compose_train(
         [
-            "data.path=unused",
-            "model=1b",
-            f"model.num_layers={shape.layers}",
-            f"model.hidden_size={shape.hidden}",
-            f"model.num_heads={shape.heads}",
-            f"model.ffn_hidden_size={shape.ffn}",
-            f"model.padded_vocab_size={shape.vocabulary}",
-            f"model.max_positions={shape.slots}",
-            f"sequence_length={shape.slots}",
+            *shape.overrides,
             "model.hidden_dropout=0",
             "model.attention_dropout=0",
-            "model.tied_embeddings=false",
             "precision=bf16",
             "parallel.zero_stage=1",
             f"micro_batch_size={micro_batch}",

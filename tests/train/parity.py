@@ -112,6 +112,18 @@ def curves(world: int, layouts: Sequence[Sequence[str]], steps: int, fault: str 
     return in_ranks(world, _curves, [list(layout) for layout in layouts], steps, fault)
 
 
+def assert_two_ranks_follow_one(kinds: Sequence[Sequence[str]], layouts: Sequence[Sequence[str]], steps: int) -> None:
+    """Every kind of model learns in every layout of two ranks what it learns in one process without ZeRO."""
+    alone = curves(1, [[*kind, "parallel.zero_stage=0"] for kind in kinds], steps)
+    found = iter(curves(2, [[*kind, *layout] for kind in kinds for layout in layouts], steps))
+    for wanted in alone:
+        assert wanted[-1][0] != wanted[0][0]
+        for _ in layouts:
+            for (loss, norm), (loss_alone, norm_alone) in zip(next(found), wanted, strict=True):
+                assert abs(loss - loss_alone) <= 1e-6 * abs(loss_alone)
+                assert abs(norm - norm_alone) <= 1e-5 * abs(norm_alone)
+
+
 def in_ranks(world: int, work: Callable[..., Any], *settings: Any) -> Any:
     """Run `work(*settings)` in `world` forked ranks with a gloo process group; returns what rank 0's gave.
 

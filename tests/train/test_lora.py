@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.parity import curves, plain_curve
+from tests.train.parity import assert_two_ranks_follow_one, curves, plain_curve
 from train.checkpoint.model import load_trained, read_config
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import find
@@ -83,14 +83,7 @@ def test_layouts_learn_the_same():
         ["parallel.zero_stage=1"],
         ["parallel.zero_stage=2"],
     ]
-    alone = curves(1, [[*kind, "parallel.zero_stage=0"] for kind in kinds], 6)
-    found = iter(curves(2, [[*kind, *layout] for kind in kinds for layout in layouts], 6))
-    for wanted in alone:
-        assert wanted[-1][0] != wanted[0][0]
-        for _ in layouts:
-            for (loss, norm), (loss_alone, norm_alone) in zip(next(found), wanted, strict=True):
-                assert loss == pytest.approx(loss_alone, rel=1e-6)
-                assert norm == pytest.approx(norm_alone, rel=1e-5)
+    assert_two_ranks_follow_one(kinds, layouts, 6)
 
 
 @pytest.mark.unit

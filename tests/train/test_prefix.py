@@ -10,7 +10,7 @@ from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError
 from kernels.resolve import choose
 from tests.train.convert_helpers import convert
-from tests.train.parity import curves
+from tests.train.parity import assert_two_ranks_follow_one
 from tests.train.test_evaluate_tasks import questions
 from tests.train.test_generate_decoding import contexts, logits_again
 from tests.train.variants import VARIANTS, untrained
@@ -90,14 +90,7 @@ def test_layouts_learn_the_same():
     kinds = [[*PREFIX], [*PREFIX, "model.num_kv_heads=1"]]
     divided = ["parallel.tensor_parallel=2", "parallel.zero_stage=0"]
     layouts = [divided, [*divided, "parallel.sequence_parallel=true"], ["parallel.zero_stage=2"]]
-    alone = curves(1, [[*kind, "parallel.zero_stage=0"] for kind in kinds], 4)
-    found = iter(curves(2, [[*kind, *layout] for kind in kinds for layout in layouts], 4))
-    for wanted in alone:
-        assert wanted[-1][0] != wanted[0][0]
-        for _ in layouts:
-            for (loss, norm), (loss_alone, norm_alone) in zip(next(found), wanted, strict=True):
-                assert loss == pytest.approx(loss_alone, rel=1e-6)
-                assert norm == pytest.approx(norm_alone, rel=1e-5)
+    assert_two_ranks_follow_one(kinds, layouts, 4)
 
 
 @pytest.mark.e2e
