@@ -17,6 +17,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from data_prep.batch import Batch, group_of
+from data_prep.cli import as_yaml
 from kernels.random import mix_key, normal_slice
 from train.cli import compose_train
 from train.labels import Labels, inputs
@@ -176,7 +177,7 @@ def start_engine(overrides: Sequence[str]) -> Any:
 
 
 def saver_of(engine: Any, run_dir: str, **config: Any) -> Any:
-    """A saver of this engine, with an empty folder for a tokenizer. config: fields of SavingConfig."""
+    """A saver of this engine; tokenizer/ of the run folder is what it saves for one. config: SavingConfig's fields."""
     from train.checkpoint.saver import Saver
     from train.config import SavingConfig
 
@@ -186,7 +187,7 @@ def saver_of(engine: Any, run_dir: str, **config: Any) -> Any:
         engine,
         Path(run_dir),
         SavingConfig(**config),
-        config_yaml="seed: 3\n",
+        config_yaml=as_yaml(engine.config),
         tokenizer=tokenizer,
         before_commit=lambda: None,
     )

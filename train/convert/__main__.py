@@ -13,6 +13,8 @@ from train.checkpoint.select import checkpoint_steps, find
 from train.convert.config import ConvertConfig
 from train.convert.inward import read_in
 from train.convert.outward import export
+from train.convert.registry import UNIVERSAL
+from train.convert.universal import read_universal, write_universal
 
 
 def main(config: ConvertConfig) -> int:
@@ -21,7 +23,10 @@ def main(config: ConvertConfig) -> int:
     if not source.exists():
         raise DataError(f"source={source}: no such folder")
     ours = (source / "manifest.json").is_file() or checkpoint_steps(source)
-    target = export(config, find(source)) if ours else read_in(config, source)
+    if config.format == UNIVERSAL:
+        target = write_universal(config, find(source)) if ours else read_universal(config, source)
+    else:
+        target = export(config, find(source)) if ours else read_in(config, source)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     kind = f"format={config.format}" if ours else "checkpoint"
     print(f"{target}: {kind}, {size / 1e9:.3f} GB", flush=True)

@@ -1,12 +1,13 @@
 """What `python -m train.convert` reads."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
 from data_prep.errors import ConfigError
 from train.config import ModelConfig
-from train.convert.registry import format_of
+from train.convert.registry import UNIVERSAL, format_of
 from train.model.build import DTYPES
 
 BITS = {"int8": 8, "int4": 4}
@@ -30,7 +31,7 @@ class ConvertConfig:
     target: str = MISSING
     """Folder to make; it must not exist."""
     format: str = MISSING
-    """glm_130b, chatglm_6b, chatglm2_6b, glm, llama, qwen2 or huggingface."""
+    """glm_130b, chatglm_6b, chatglm2_6b, glm, llama, qwen2, huggingface or deepspeed_universal."""
     tensor_parallel: int = 1
     """glm_130b: how many files, one a rank, to write or to read."""
     dtype: str | None = None
@@ -47,8 +48,16 @@ class ConvertConfig:
     """Reading: the model (`model=glm_130b`), where the folder does not tell it."""
     tokenizer: SourceTokenizerConfig = field(default_factory=SourceTokenizerConfig)
     """Reading: the tokenizer, where the folder has none."""
+    like: str | None = None
+    """Reading deepspeed_universal: a run folder or checkpoint of this project whose config, tokenizer and data the
+    checkpoint that is made takes over."""
 
     def __post_init__(self) -> None:
+        if self.format == UNIVERSAL:
+            self._check_universal()
+            return
+        if self.like is not None:
+            raise ConfigError(f"like={self.like} is for format={UNIVERSAL}; give model= and tokenizer.path=")
         found = format_of(self.format)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype} is not known; use one of {', '.join(DTYPES)}")
@@ -65,3 +74,18 @@ class ConvertConfig:
                 f"image_tokens={self.image_tokens} must not be negative, shard_gigabytes={self.shard_gigabytes} "
                 "must be more than 0"
             )
+
+    def _check_universal(self) -> None:
+        """All that the other settings tell stands in the checkpoints on both sides."""
+        defaults: dict[str, Any] = {
+            "tensor_parallel": 1,
+            "dtype": None,
+            "quantise": None,
+            "evaluations": [],
+            "image_tokens": 0,
+            "model": None,
+            "tokenizer": SourceTokenizerConfig(),
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise ConfigError(f"{name}= has no meaning with format={UNIVERSAL}, which keeps all as it is; leave it")

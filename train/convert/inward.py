@@ -68,7 +68,7 @@ def read_in(settings: ConvertConfig, source: Path) -> Path:
     config.precision.dtype = _commonest(places, dtype_of)
     specs = [Spec(name, place.full_shape, dtype_of(name)) for name, place in places.items()]
 
-    def read(spec: Spec) -> Tensor:
+    def read(kind: str, spec: Spec) -> Tensor:
         full = mapping.inward(spec.key, lambda key: weights.read(key, spec.dtype))
         if settings.dtype is not None and not full.isfinite().all():
             raise DataError(f"{source}: {spec.key} has values beyond dtype={settings.dtype}; use bf16 or fp32")
@@ -76,8 +76,9 @@ def read_in(settings: ConvertConfig, source: Path) -> Path:
 
     target = Path(settings.target)
     with whole_folder(target, sum(spec.bytes for spec in specs)) as folder:
-        origin = {"format": found.name, "source": str(source)}
-        write_checkpoint(folder, config, tokenizer, specs, read, settings.shard_gigabytes * 1e9, origin)
+        state = {"consumed_samples": 0, "converted_from": {"format": found.name, "source": str(source)}}
+        parts = {"model": [("weight", spec) for spec in specs]}
+        write_checkpoint(folder, config, tokenizer, parts, read, settings.shard_gigabytes * 1e9, state)
     return target
 
 

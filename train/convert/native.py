@@ -1,7 +1,7 @@
-"""A checkpoint of this project written tensor by tensor: weights, config and tokenizer, no optimizer states."""
+"""A checkpoint of this project written tensor by tensor, from another layout."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,28 @@ def write_checkpoint(
     folder: Path,
     config: Config,
     tokenizer: Tokenizer,
-    specs: Sequence[Spec],
-    read: Callable[[Spec], Tensor],
+    parts: Mapping[str, Sequence[tuple[str, Spec]]],
+    read: Callable[[str, Spec], Tensor],
     shard_bytes: float,
-    origin: dict[str, str],
+    state: Mapping[str, Any],
 ) -> None:
     """Fill an existing, empty folder.
 
-    specs: every parameter by its canonical name. read: gives its whole value. shard_bytes: largest file of weights.
-    origin: what `trainer_state.json` says about where it came from. Raises DataError where the disk is full.
+    parts: what goes into `model/` (and `optimizer/`): kinds of `train.checkpoint.pieces` with each parameter by its
+    canonical name. read: gives the whole value of one. shard_bytes: largest file of tensors. state: what
+    `trainer_state.json` says. Raises DataError where the disk is full.
     """
-    files = _write_weights(folder, specs, read, shard_bytes)
-    write_json(folder / "trainer_state.json", {"consumed_samples": 0, "converted_from": origin})
+    files: dict[str, dict[str, Any]] = {}
+    for part, wanted in parts.items():
+        files |= _write_part(folder / part, wanted, read, shard_bytes)
+    write_json(folder / "trainer_state.json", dict(state))
     write_bytes(folder / "config.yaml", as_yaml(config).encode())
     tokenizer.save(folder / "tokenizer")
     for name in ("trainer_state.json", "config.yaml", f"tokenizer/{tokenizer.file_name}"):
         files[name] = {"bytes": (folder / name).stat().st_size, "checksum": checksum(folder / name)}
     manifest = {
         "version": VERSION,
-        "step": 0,
+        "step": state.get("step", 0),
         "layout": {**Mesh.single().describe(), "zero_stage": 0},
         "dtype": config.precision.dtype,
         "files": dict(sorted(files.items())),
@@ -50,20 +53,24 @@ def write_checkpoint(
     write_manifest(folder, manifest)
 
 
-def _write_weights(
-    folder: Path, specs: Sequence[Spec], read: Callable[[Spec], Tensor], shard_bytes: float
+def _write_part(
+    folder: Path, wanted: Sequence[tuple[str, Spec]], read: Callable[[str, Spec], Tensor], shard_bytes: float
 ) -> dict[str, dict[str, Any]]:
-    """The files of `model/`; returns their entries of the manifest."""
-    (folder / "model").mkdir()
+    """The files of one sub-folder; returns their entries of the manifest."""
+    folder.mkdir()
+    # As `train.checkpoint.pieces` lays them out: whole tensors of one rank, flattened.
+    pieces = {}
+    for kind, spec in wanted:
+        piece = Piece(kind, Layout(spec.key, spec.shape), 0, spec.numel)
+        pieces[piece.key] = (piece, spec)
+    flat = [Spec(key, (spec.numel,), spec.dtype) for key, (_, spec) in pieces.items()]
     entries = {}
-    for number, part in enumerate(shards(specs, shard_bytes)):
-        # As `train.checkpoint.pieces` lays them out: whole tensors of one rank, flattened.
-        pieces = [Piece("weight", Layout(spec.key, spec.shape), 0, spec.numel) for spec in part]
-        flat = [Spec(piece.key, (spec.numel,), spec.dtype) for piece, spec in zip(pieces, part, strict=True)]
-        name = f"model/rank_{number:05d}.safetensors"
-        places = json.dumps({piece.key: piece.describe() for piece in pieces})
-        writer = SafetensorsWriter(folder / name, flat, {"pieces": places})
+    for number, part in enumerate(shards(flat, shard_bytes)):
+        path = folder / f"rank_{number:05d}.safetensors"
+        places = json.dumps({spec.key: pieces[spec.key][0].describe() for spec in part})
+        writer = SafetensorsWriter(path, part, {"pieces": places})
         for spec in part:
-            writer.add(read(spec).reshape(-1))
-        entries[name] = writer.close()
+            piece, whole = pieces[spec.key]
+            writer.add(read(piece.kind, whole).reshape(-1))
+        entries[f"{folder.name}/{path.name}"] = writer.close()
     return entries

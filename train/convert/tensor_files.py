@@ -34,6 +34,8 @@ _STORAGES = {
     torch.int8: torch.CharStorage,
 }
 _CHUNK = 1 << 24
+_NOT_WHOLE = (OSError, zipfile.BadZipFile, RuntimeError, EOFError, struct.error, ValueError)
+"""What reading a file that is cut short or damaged ends with."""
 
 
 class TensorFile(Protocol):
@@ -76,16 +78,9 @@ class TorchFile:
         try:
             self._archive = zipfile.ZipFile(path)
             self._entries = {_data_start(self._archive, info): info for info in self._archive.infolist()}
-            state = torch.load(path, map_location="meta", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise DataError(
-                f"{path}: holds code or objects beside tensors and was not opened ({_forbidden(error)}); weights are a "
-                "plain dictionary of tensors"
-            ) from error
-        except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, struct.error, ValueError) as error:
-            raise DataError(
-                f"{path}: not a whole file of torch.save ({_reason(error)}); fetch or write it again"
-            ) from error
+        except _NOT_WHOLE as error:
+            raise _not_whole(path, error) from error
+        state = load_safely(path, "meta")
         state = state.get("module", state) if isinstance(state, dict) else state
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise DataError(f"{path}: holds no dictionary of tensors")
@@ -113,6 +108,41 @@ class TorchFile:
         return torch.as_strided(data.view(meta.dtype), meta.shape, meta.stride(), meta.storage_offset())
 
 
+def load_safely(path: Path, device: str) -> Any:
+    """What a file of `torch.save` holds, on `device` (`meta` reads no tensor's bytes), by the weights-only rules.
+
+    Raises DataError where it is cut short, damaged, or holds code.
+    """
+    try:
+        zipfile.ZipFile(path).close()  # else torch would take the file for one of its old, bare pickles
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path}: holds code or objects beside tensors and was not opened ({_forbidden(error)}); weights are a "
+            "plain dictionary of tensors"
+        ) from error
+    except _NOT_WHOLE as error:
+        raise _not_whole(path, error) from error
+
+
+def save(path: Path, content: Any) -> None:
+    """`torch.save` to a new file, flushed to the disk. Raises DataError where the disk is full."""
+    with refusals(path):
+        torch.save(content, path)
+        _flush(path)
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Inside, what torch says of a file that it cannot write becomes a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+    except RuntimeError as error:
+        raise DataError(f"{path}: cannot be written ({_reason(error)}); is the disk full?") from error
+
+
 class TorchWriter:
     """Writes `{"module": {key: tensor}}` as `torch.save` would, without ever holding the dictionary."""
 
@@ -120,7 +150,7 @@ class TorchWriter:
         """Raises DataError, here and later, where the disk is full."""
         self.path, self._specs, self._next = path, specs, 0
         index = _torch_index(specs)
-        with self._refusals():
+        with refusals(self.path):
             self._writer = torch._C.PyTorchFileWriter(str(path))
             self._writer.write_record("data.pkl", index, len(index))
             self._writer.write_record("byteorder", b"little", len(b"little"))
@@ -131,7 +161,7 @@ class TorchWriter:
         whole = spec.checked(tensor)
         if whole.untyped_storage().nbytes() != spec.bytes:
             whole = whole.clone()
-        with self._refusals():
+        with refusals(self.path):
             # The stubs know the typed storages only, which torch itself no longer passes.
             self._writer.write_record(f"data/{self._next}", whole.untyped_storage(), spec.bytes)  # type: ignore[arg-type]
         self._next += 1
@@ -139,19 +169,9 @@ class TorchWriter:
     def close(self) -> None:
         """Write the archive's table and flush to the disk."""
         assert self._next == len(self._specs)
-        with self._refusals():
+        with refusals(self.path):
             self._writer.write_end_of_file()
-            with self.path.open("rb+") as file:
-                os.fsync(file.fileno())
-
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        except RuntimeError as error:
-            raise DataError(f"{self.path}: cannot be written ({_reason(error)}); is the disk full?") from error
+            _flush(self.path)
 
 
 @dataclass(frozen=True)
@@ -201,6 +221,15 @@ def _data_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     archive.fp.seek(info.header_offset + 26)
     name, extra = struct.unpack("<HH", archive.fp.read(4))
     return info.header_offset + 30 + int(name) + int(extra)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _not_whole(path: Path, error: BaseException) -> DataError:
+    return DataError(f"{path}: not a whole file of torch.save ({_reason(error)}); fetch or write it again")
 
 
 def _forbidden(error: BaseException) -> str:
