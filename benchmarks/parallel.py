@@ -34,6 +34,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "parallel"
 TENSOR, PIPELINE = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"
 SEQUENCE, ZERO_3 = "parallel.sequence_parallel=true", "parallel.zero_stage=3"
+GRAPHS = "parallel.cuda_graphs=true"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ PARITY = [
     Row("data_2_zero_1"),
     Row("data_2_zero_3", overrides=(ZERO_3,)),
     Row("tensor_2_sequence", overrides=(TENSOR, SEQUENCE), micro_batch=8),
+    Row("tensor_2_graphs", overrides=(TENSOR, GRAPHS), micro_batch=8),
 ]
 """The first four run two at a time, each on a GPU of its own."""
 BASELINE, YARDSTICKS = "one_gpu", ("one_gpu_half_micro_batch", "one_gpu_references")
@@ -78,31 +80,28 @@ ONE_CONNECTION = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 SPEED: dict[str, list[Row]] = {
     "3b": [
         Row("one_gpu", world=1),
-        Row("data_2_zero_1"),
-        Row("tensor_2", overrides=(TENSOR,), micro_batches=16),
-        Row("pipeline_2_16", overrides=(PIPELINE,), micro_batches=16),
+        Row("tensor_2_graphs", overrides=(TENSOR, GRAPHS), micro_batches=16),
+        Row("tensor_2_sequence_graphs", overrides=(TENSOR, SEQUENCE, GRAPHS), micro_batches=16),
         Row("fsdp2", peer=True),
-        Row("data_2_zero_3", overrides=(ZERO_3,)),
-        Row("tensor_2_sequence", overrides=(TENSOR, SEQUENCE), micro_batches=16),
-        Row("pipeline_2_64", overrides=(PIPELINE,), micro_batches=64),
         Row("fsdp2_one_gpu", world=1, peer=True),
+        Row("pipeline_2_64", overrides=(PIPELINE,), micro_batches=64),
+        Row("data_2_zero_1"),
+        Row("data_2_zero_3", overrides=(ZERO_3,)),
+        Row("pipeline_2_16", overrides=(PIPELINE,), micro_batches=16),
+        Row("tensor_2", overrides=(TENSOR,), micro_batches=16),
+        Row("one_gpu_graphs", world=1, overrides=(GRAPHS,)),
+        Row("tensor_2_sequence", overrides=(TENSOR, SEQUENCE), micro_batches=16),
     ],
     "7b": [
         Row("data_2_zero_1", micro_batch=2),
-        Row("tensor_2_sequence", overrides=(TENSOR, SEQUENCE), micro_batch=2, micro_batches=16),
+        Row("tensor_2_sequence_graphs", overrides=(TENSOR, SEQUENCE, GRAPHS), micro_batch=2, micro_batches=16),
         Row("pipeline_2_16", overrides=(PIPELINE,), micro_batch=2, micro_batches=16),
-        Row("data_2_zero_3", overrides=(ZERO_3,), micro_batch=2),
         Row("fsdp2", peer=True, micro_batch=2),
-        Row("tensor_2", overrides=(TENSOR,), micro_batch=2, micro_batches=16),
+        Row("data_2_zero_3", overrides=(ZERO_3,), micro_batch=2),
+        Row("tensor_2_graphs", overrides=(TENSOR, GRAPHS), micro_batch=2, micro_batches=16),
     ],
     "3b again": [
         Row("tensor_2_one_connection", overrides=(TENSOR,), micro_batches=16, environment=ONE_CONNECTION),
-        Row(
-            "tensor_2_sequence_one_connection",
-            overrides=(TENSOR, SEQUENCE),
-            micro_batches=16,
-            environment=ONE_CONNECTION,
-        ),
     ],
 }
 """In the order of what is wanted most."""
@@ -324,7 +323,7 @@ def distance(curve: Sequence[float], base: Sequence[float]) -> float:
 
 FIELDS = [
     *("shape", "row", "world", "micro_batch", "micro_batches", "tokens_per_second", "x_one_gpu", "mfu", "model_tflops"),
-    *("step_ms", "spread", "memory_gib", "parameters", "first_loss", "last_loss", "reason"),
+    *("step_ms", "spread", "memory_gib", "parameters", "first_loss", "last_loss", "seconds", "reason"),
 ]
 SPLIT = [
     *("shape", "row", "rank", "step_ms", "compute", "exposed_collectives", "exposed_sends", "idle"),

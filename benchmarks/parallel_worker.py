@@ -6,6 +6,7 @@ and splits one of them by a trace. Rank 0 writes the result, as JSON, to the fil
 
 import collections
 import gzip
+import itertools
 import json
 import os
 import statistics
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# DeepSpeed's optimizers bring half of torch's compiler along: half a minute that would count as the row's.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 import torch.distributed as distributed
 from torch import Tensor
@@ -97,13 +100,17 @@ def characters(vocabulary: int) -> Tensor:
 def speed(task: dict[str, Any]) -> dict[str, Any]:
     """Tokens a second, MFU, memory and the split of one step, of `micro_batches` micro-batches a data-parallel rank."""
     shape, size, count, world = SHAPES[task["shape"]], task["micro_batch"], task["micro_batches"], task["world"]
+    clocks = [time.monotonic()]
     gpu, data = torch.cuda.is_available(), world // task["model_ranks"]
     step = builder(task)(shape, size, count)
     replica = distributed.get_rank() if data > 1 else 0
     batches = [batch_of(shape, size, replica * count + k) for k in range(count)]
+    clocks.append(time.monotonic())
     losses = [step(batches) for _ in range(task["warmup"])]
     if gpu:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    clocks.append(time.monotonic())
     times = []
     for _ in range(task["steps"]):
         seconds, loss = together(lambda: step(batches), gpu)
@@ -121,6 +128,7 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
     memory = torch.tensor(torch.cuda.max_memory_reserved() / 2**30 if gpu else 0.0, device=backend.device())
     distributed.all_reduce(memory, op=distributed.ReduceOp.MAX)
     parts: list[Any] = [None] * world
+    clocks.append(time.monotonic())
     distributed.all_gather_object(parts, trace.split_step(lambda: step(batches)) if task["trace"] else None)
     return {
         "parameters": parameters(model).total,
@@ -132,6 +140,8 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
         "memory_gib": round(float(memory), 2) if gpu else None,
         "first_loss": round(first, 4),
         "last_loss": round(last, 4),
+        # Building, steps that do not count, steps that do, the traced one.
+        "seconds": " ".join(f"{b - a:.0f}" for a, b in itertools.pairwise([*clocks, time.monotonic()])),
         "split": [part for part in parts if part is not None],
     }
 

@@ -418,6 +418,7 @@ def profile(function: Callable[[], Tensor]) -> list[dict[str, Any]]:
 
 CONTENDERS = {
     "tiankong": Contender(tiankong(), peer=False),
+    "tiankong_graphs": Contender(tiankong("parallel.cuda_graphs=true"), peer=False),
     "tiankong_recompute": Contender(tiankong("parallel.activation_checkpointing=full"), peer=False),
     "tiankong_selective": Contender(
         tiankong("parallel.activation_checkpointing=ffn", "parallel.activation_checkpointing_every_layers=2"),

@@ -11,6 +11,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 # Finding no GPU is no reason to warn, on each rank and into the output of a command; DeepSpeed says it while imported.
@@ -28,6 +29,7 @@ from torch import nn
 
 from data_prep.errors import ConfigError
 from train.config import Config
+from train.layer_graphs import LayerGraphs
 from train.main_grads import attach
 from train.mesh import Mesh
 from train.model.build import DTYPES, Model
@@ -77,22 +79,27 @@ def synchronize() -> None:
     get_accelerator().synchronize()
 
 
-def capture(function: Callable[[], Result]) -> Callable[[], Result]:
+def capture(
+    function: Callable[[], Result], *, rehearse: bool = True, pool: tuple[int, int] | None = None
+) -> Callable[[], Result]:
     """A fixed sequence of device work as one graph: what comes back runs it again, into the same tensors each time.
 
-    function: reads and writes tensors that stay where they are, and waits for nothing. It runs once here, to compile
-    and allocate what it needs. On a device without graphs the function itself comes back, and has not run.
+    function: reads and writes tensors that stay where they are, and waits for nothing. rehearse: run it once here, to
+    compile and allocate what it needs. pool: of `graph_pool`, shared by graphs of which one is over before the next
+    begins. On a device without graphs the function itself comes back, and has not run.
     """
     accelerator = get_accelerator()
     graph = accelerator.create_graph()
     if graph is None:
         return function
-    beside = accelerator.Stream()
-    beside.wait_stream(accelerator.current_stream())
-    with accelerator.stream(beside):
-        function()
-    accelerator.current_stream().wait_stream(beside)
-    with accelerator.capture_to_graph(graph):
+    if rehearse:
+        beside = accelerator.Stream()
+        beside.wait_stream(accelerator.current_stream())
+        with accelerator.stream(beside):
+            function()
+        accelerator.current_stream().wait_stream(beside)
+    # Other threads (a save, the loader) go on allocating meanwhile.
+    with torch.get_device_module().graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = function()
 
     def replay() -> Result:
@@ -100,6 +107,14 @@ def capture(function: Callable[[], Result]) -> Callable[[], Result]:
         return result
 
     return replay
+
+
+def graph_pool() -> tuple[int, int] | None:
+    """Memory for graphs that share it; None on a device without graphs."""
+    if get_accelerator().create_graph() is None:
+        return None
+    pool: tuple[int, int] = torch.get_device_module().graph_pool_handle()
+    return pool
 
 
 def world_size() -> int:
@@ -192,6 +207,13 @@ def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[A
             dist_init_required=False,
         )
     attach(engine.optimizer)
+    if config.parallel.cuda_graphs:
+        if mesh.device.type == "cpu" and mesh.rank == 0:
+            logger.warning("parallel.cuda_graphs has no effect on a CPU")
+        trained = [
+            parameter for item in model.items[1:-1] for parameter in item.parameters() if parameter.requires_grad
+        ]
+        model.graphs = LayerGraphs(trained, model.context.probe, partial(capture, rehearse=False, pool=graph_pool()))
     return engine, model
 
 

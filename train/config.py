@@ -139,6 +139,9 @@ class ParallelConfig:
     overlap_communication: bool = False
     """Reduce gradients while the backward pass goes on: one stage, on accelerators, zero_stage 2 or 3 (1 too, but not
     in bf16). Elsewhere it has no effect, and a warning says so."""
+    cuda_graphs: bool = False
+    """Launch each micro-batch's layers as one CUDA graph forward and one backward: faster wherever the host, not the
+    device, sets the pace (small models, tensor parallelism). One stage, bf16, zero_stage 1; on a CPU without effect."""
 
 
 @dataclass

@@ -170,6 +170,15 @@ def _parallel(config: Config) -> None:
             f"{parallel.pipeline_parallel}; use parallel.zero_stage=1 or parallel.pipeline_parallel=1"
         )
 
+    if parallel.cuda_graphs and (
+        parallel.pipeline_parallel > 1 or parallel.zero_stage != 1 or config.precision.dtype != "bf16"
+    ):
+        raise ConfigError(
+            f"parallel.cuda_graphs=true needs one stage with gradients summed in place, but "
+            f"parallel.pipeline_parallel={parallel.pipeline_parallel}, parallel.zero_stage={parallel.zero_stage} and "
+            f"precision.dtype={config.precision.dtype}; use 1, 1 and bf16, or parallel.cuda_graphs=false"
+        )
+
 
 def _batch(config: Config) -> None:
     model, sampling = config.model, config.data.sampling

@@ -176,6 +176,7 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("prefix.length", {"prefix__length": -1}, None),
     ("prefix.length", {"prefix__length": 4, "lora__rank": 2}, None),
     ("prefix.length", {"prefix__length": 4, "parallel__zero_stage": 3}, None),
+    ("parallel.cuda_graphs", {"parallel__cuda_graphs": True}, None),
     ("evaluation.tasks", {"evaluation__tasks": ["t.jsonl"], "parallel__zero_stage": 3}, None),
     *[
         (f"model.{name}", {f"model__{name}": 0}, None)

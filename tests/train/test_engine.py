@@ -70,6 +70,30 @@ def test_recomputed_activations_change_nothing() -> None:
         assert recomputed == [kept] * (len(tried) - 1), layout
 
 
+def _measured(settings: list[list[str]]) -> list[list[Any]]:
+    """Loss, norm and telemetry of four steps of each settings; every second step is measured."""
+    found = []
+    for overrides in settings:
+        engine = start_engine(["precision=bf16", "logging.every_steps=2", *DROPOUT, *overrides])
+        results = []
+        for step in range(4):
+            engine.guard.coming(step + 1)
+            results.append(engine.step(my_batches(engine, step * BATCH, BATCH), LR, SHRINK))
+        found.append([vars(numbers) for numbers in engine.read(results)])
+        assert found[-1][1]["telemetry"] is not None
+    return found
+
+
+@pytest.mark.parametrize("world, layout", [(1, ["model.norm_placement=sandwich"]), (2, [TENSOR])])
+def test_layers_run_through_graphs_change_nothing(world: int, layout: list[str]) -> None:
+    # On a CPU a graph is the very function that would be captured; what goes into it and comes out is the same.
+    graphs, recomputed = "parallel.cuda_graphs=true", "parallel.activation_checkpointing=full"
+    plain, *others = in_ranks(world, _measured, [layout, [*layout, graphs], [*layout, graphs, recomputed]])
+    assert others[0] == plain
+    losses = [[(numbers["loss"], numbers["grad_norm"]) for numbers in steps] for steps in (plain, others[1])]
+    assert losses[1] == losses[0]
+
+
 @pytest.mark.parametrize("layout", [[], [TENSOR], [PIPELINE], ["parallel.zero_stage=2"], ["parallel.zero_stage=3"]])
 def test_bf16_stays_near_fp32(layout: list[str]) -> None:
     steps = 12

@@ -1,7 +1,7 @@
 """The list of layers, which part of it a stage holds, and the choice of kernels."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -96,6 +96,8 @@ class Model(nn.Module):
         self.embedding: Embedding | None = None
         self.head: Head | None = None
         self.flags: Tensor | None = None
+        self.graphs: Callable[[Callable[[State], State], State], State] | None = None
+        """Runs the layers by graphs while training, where the engine put it (`train.layer_graphs`)."""
         self.items = nn.ModuleList(self._item(index) for index in range(self.start, self.stop))
         if config.lora.rank:
             add_lora(self, self.context, config.lora)
@@ -120,7 +122,16 @@ class Model(nn.Module):
 
         Returns a State, or on the last stage the head's hidden states [B,S,H], or with labels the head's loss triple.
         """
-        for position, item in enumerate(self.items):
+        whole = len(self.items)
+        if self.graphs is None or not self.training:
+            return self._run(0, whole, state, labels)
+        state = self._run(0, 1, state)
+        state = self.graphs(lambda state: self._run(1, whole - 1, state), state)
+        return self._run(whole - 1, whole, state, labels)
+
+    def _run(self, first: int, last: int, state: State, labels: Labels | None = None) -> Any:
+        """Items [first, last) one after the other."""
+        for position, item in enumerate(self.items[first:last], first):
             # Apart, not as one tuple: ZeRO-3 hangs its gather and release on tensors that are arguments themselves.
             state = item(*state) if item is not self.head else item(*state, labels)
             if self.flags is not None:

@@ -3,6 +3,9 @@
 Off except in the steps that `train.stability` measures, and then sums on the device: nothing waits.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,6 +31,14 @@ class Probe:
         self.active = True
         self.sums.zero_()
         self.max_logits.fill_(-torch.inf)
+
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What the layers show meanwhile is taken back."""
+        before = self.sums.clone(), self.max_logits.clone()
+        yield
+        self.sums.copy_(before[0])
+        self.max_logits.copy_(before[1])
 
     def note(self, name: str, x: Tensor) -> None:
         """One micro-batch's activations at one of `places`. Recomputed ones count twice, in sum and number alike."""
