@@ -47,6 +47,9 @@ class SamplingConfig:
     """Whether a span may run over a document's end; GLM-130B allowed it."""
     isolate_documents: bool = False
     """Whether each document is a segment of its own, unseen by its neighbours; GLM-130B joined them."""
+    pack_documents: bool = False
+    """Whether sequences are packed with whole documents (python -m data_prep.pack) instead of cut from the stream of
+    tokens, so that no short document is cut; needs isolate_documents."""
     starts_with_enc: bool = False
     """Whether each segment of blanks begins with ENC, as GLM-10B's do; what fills blanks later puts it there too."""
     positions: str = "1d"
@@ -74,6 +77,11 @@ class SamplingConfig:
         _within("data.sampling.mixture_period", self.mixture_period, 1, 1_000_000)
         if self.starts_with_enc and self.objective == "causal":
             raise ConfigError("data.sampling.starts_with_enc=true is for blanks; objective=causal has none")
+        if self.pack_documents and not self.isolate_documents:
+            raise ConfigError(
+                "data.sampling.pack_documents=true packs documents that do not see one another; set "
+                "data.sampling.isolate_documents=true too"
+            )
         if abs(self.gmask_share + self.mask_share - 1.0) > 1e-6:
             raise ConfigError(
                 f"data.sampling.gmask_share={self.gmask_share} and data.sampling.mask_share={self.mask_share} "

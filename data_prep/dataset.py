@@ -12,6 +12,7 @@ from data_prep.errors import DataError
 from data_prep.files import checksum
 from data_prep.instructions import InstructionStream
 from data_prep.manifest import Manifest, StreamInfo
+from data_prep.packing import PackedStream, PackPlan
 from data_prep.shards import Shard
 from data_prep.tokenizer import Tokenizer
 
@@ -42,6 +43,10 @@ class Stream:
         number = int(np.searchsorted(self._last_rows, row, side="right")) if len(self.shards) > 1 else 0
         first = int(self._last_rows[number - 1]) if number else 0
         return self.shards[number].read((row - first) * self.row_length, self.row_length)
+
+
+AnyStream = Stream | PackedStream | InstructionStream
+"""What samples are drawn from."""
 
 
 class Dataset:
@@ -94,17 +99,29 @@ class Dataset:
         """Checksum of the manifest: two datasets with the same one hold the same tokens."""
         return checksum(self.folder / "manifest.json")
 
-    def streams(self, split: str, sequence_length: int) -> list[Stream | InstructionStream]:
-        """Streams of a split in the manifest's order, text before instructions; also those too small for a row."""
-        text: list[Stream | InstructionStream] = []
-        instructions: list[Stream | InstructionStream] = []
-        for info in self.manifest.sources:
-            shards = [self._shards[shard.path, shard.split] for shard in info.shards if shard.split == split]
-            if info.content == "text":
+    def text_shards(self, split: str) -> list[tuple[StreamInfo, list[Shard]]]:
+        """Each stream of text with its shards of a split, in the manifest's order."""
+        return [(info, self._shards_of(info, split)) for info in self.manifest.sources if info.content == "text"]
+
+    def streams(self, split: str, sequence_length: int, packs: PackPlan | None = None) -> list[AnyStream]:
+        """Streams of a split in the manifest's order, text before instructions; also those too small for a row.
+
+        packs: the plan by which documents of text are packed whole; None: text is cut into rows.
+        """
+        text: list[AnyStream] = []
+        for info, shards in self.text_shards(split):
+            if packs is None:
                 text.append(Stream(info, shards, sequence_length - 1))
             else:
-                instructions.append(InstructionStream(info, shards, sequence_length))
-        return text + instructions
+                text.append(PackedStream(info, shards, packs, split))
+        return text + [
+            InstructionStream(info, self._shards_of(info, split), sequence_length)
+            for info in self.manifest.sources
+            if info.content == "instructions"
+        ]
+
+    def _shards_of(self, info: StreamInfo, split: str) -> list[Shard]:
+        return [self._shards[shard.path, shard.split] for shard in info.shards if shard.split == split]
 
     @cached_property
     def unigram_counts(self) -> NDArray[np.int64]:

@@ -67,9 +67,11 @@ def main(config: InspectConfig) -> int:
     )
     address, sample = sampler.address(config.index), sampler.sample(config.index)
     console = Console()
+    used = int((sample.attend_to - sample.attend_from > 1).sum())
     console.print(
         f"sample {config.index} of {config.split}: {group_name(sample.group)}, {address.stream.key}, row {address.row} "
-        f"in epoch {address.epoch}; {int((sample.loss_weight > 0).sum())} targets in {len(sample.tokens)} slots",
+        f"in epoch {address.epoch}; {int((sample.loss_weight > 0).sum())} targets in {len(sample.tokens)} slots, "
+        f"{used / len(sample.tokens):.0%} filled by {len(segments(sample))} segments",
         markup=False,
         highlight=False,
     )

@@ -9,7 +9,6 @@ which is the multi-task instruction of GLM-130B (arXiv 2210.02414, section 2.2) 
 ChatGLM is tuned in.
 """
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,10 +18,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_prep.manifest import StreamInfo
+from data_prep.packing import pack
 from data_prep.shards import Shard
-
-WINDOW = 1024
-"""Neighbouring examples among which those that fit together are looked for."""
 
 
 class Example(NamedTuple):
@@ -49,35 +46,6 @@ def fit(
     """
     prompts = np.minimum(prompts, np.maximum(slots // 4, slots - 2 - answers))
     return prompts, np.where(prompts + answers + 2 <= slots, answers, slots - 1 - prompts)
-
-
-def pack(sizes: NDArray[np.int64], slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which examples share a sequence: order int64 [N] and edges int64 [packs + 1].
-
-    Pack p is order[edges[p] : edges[p + 1]].
-    Best fit decreasing (Johnson 1973) in windows of `WINDOW` neighbours: larger ones first, each into the pack where
-    it leaves the least room. A pure function of the sizes, so nothing about it is stored. sizes: at most `slots` each.
-    """
-    order: list[int] = []
-    edges = [0]
-    for start in range(0, len(sizes), WINDOW):
-        part = sizes[start : start + WINDOW]
-        packs: list[list[int]] = []
-        rooms: list[tuple[int, int]] = []  # (free slots, pack), sorted
-        for number in np.argsort(-part, kind="stable").tolist():
-            size = int(part[number])
-            at = bisect_left(rooms, (size, -1))
-            if at < len(rooms):
-                room, chosen = rooms.pop(at)
-                packs[chosen].append(start + number)
-            else:
-                room, chosen = slots, len(packs)
-                packs.append([start + number])
-            insort(rooms, (room - size, chosen))
-        for members in packs:
-            order += members
-            edges.append(len(order))
-    return np.array(order, dtype=np.int64), np.array(edges, dtype=np.int64)
 
 
 @dataclass(frozen=True)

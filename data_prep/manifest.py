@@ -4,7 +4,7 @@ It is written last, so a folder without one is unfinished. All paths in it are r
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,6 @@ class Manifest:
     recipe: dict[str, Any]
     """The settings and input files it was made from, to tell whether the folder can be reused."""
     unigram_checksum: str
-    pack_plans: list[Any] = field(default_factory=list)
-    """Plans that pack short documents; none are needed while documents are packed inside their row."""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
@@ -122,6 +120,8 @@ class Manifest:
             raise DataError(
                 f"{path}: version {found} is not {VERSION}; prepare the data again with data.overwrite=true"
             )
+        # Earlier folders have an empty list of this name; the plans have files of their own (data_prep/packing.py).
+        content.pop("pack_plans", None)
         try:
             streams = [
                 StreamInfo(

@@ -9,12 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from data_prep.config import SamplingConfig
-from data_prep.dataset import Stream
+from data_prep.dataset import AnyStream
 from data_prep.errors import ConfigError, DataError
-from data_prep.instructions import InstructionStream
 from data_prep.order import DataPlan, Mixture, Schedule, mix
-
-AnyStream = Stream | InstructionStream
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _refuse_submitted(folder: Path) -> None:
 
 def _remove_remains(folder: Path) -> None:
     """Clear what an unfinished or replaced preparation left; anything else in the folder is not ours to delete."""
-    ours = {".work", "lock", "tokenizer", "rejected", "unigram.npy", "report.html", *SPLITS}
+    ours = {".work", "lock", "tokenizer", "rejected", "unigram.npy", "report.html", "packs", *SPLITS}
     for entry in folder.iterdir():
         if entry.name not in ours and not entry.name.endswith(".tmp"):
             raise ConfigError(f"data.path={folder} holds {entry.name}, which is no dataset; use an empty or new folder")

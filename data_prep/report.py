@@ -1,5 +1,6 @@
 """What a preparation tells its user: a table on the terminal, and a self-contained page with examples and plots."""
 
+import re
 from collections import Counter
 from html import escape
 
@@ -96,6 +97,7 @@ def html_report(manifest: Manifest, tally: Tally) -> str:
 Split by {escape(split["key"])}, seed {split["seed"]}, shares {escape(str(split["shares"]))}; pages moved to valid:
 {escape(moved)}.</p>
 <h2>Text</h2>{html_table(_COLUMNS, rows(manifest))}
+<section id="packs"></section>
 <h2>Stages</h2><p>Documents that are left after each stage.</p>{html_table(*_stages(tally))}
 <h2>Rejected</h2>{html_table(("source", "reason", "documents", "meaning"), rejections(manifest))}
 {_examples(tally)}
@@ -104,6 +106,12 @@ Split by {escape(split["key"])}, seed {split["seed"]}, shares {escape(str(split[
 <h2>Licences</h2>{html_table(("source", "language", "licence", "documents"), licences)}
 </html>
 """
+
+
+def with_packs(page: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """The page with a table of how full packed sequences are, in place of an earlier one."""
+    section = f'<section id="packs"><h2>Packed documents</h2>{html_table(header, lines)}</section>'
+    return re.sub(r'<section id="packs">.*?</section>', lambda _: section, page, flags=re.S)
 
 
 _STAGES = (

@@ -18,11 +18,12 @@ from torch import Tensor
 from data_prep.assemble import Assembler, Layout
 from data_prep.batch import CAUSAL, GMASK, INSTRUCTION, KINDS, MASK, SMASK, Batch, Sample, group_of
 from data_prep.config import SamplingConfig
-from data_prep.dataset import Dataset, Stream
+from data_prep.dataset import AnyStream, Dataset
 from data_prep.errors import ConfigError, DataError
 from data_prep.instructions import Example, InstructionStream
-from data_prep.mixture import AnyStream, Course
+from data_prep.mixture import Course
 from data_prep.order import DataPlan, Permutation, Schedule, mix
+from data_prep.packing import PackedStream, PackPlan
 from data_prep.spans import MILLION, SMALLEST_SEGMENT, SpanLaw, Spans, draw_sentences, sentences
 
 WEIGHTINGS = ("sequence", "token")
@@ -82,7 +83,8 @@ class Sampler:
         self.split = split
         self.plan = plan or DataPlan()
         self.law = SpanLaw(config)
-        every = dataset.streams(split, sequence_length)
+        packs = PackPlan.read(dataset, sequence_length, int(config.starts_with_enc)) if config.pack_documents else None
+        every = dataset.streams(split, sequence_length, packs)
         self.streams = [stream for stream in every if stream.rows]
         self.too_small = [stream.key for stream in every if not stream.rows]
         """Streams that fill no row, and so are never sampled."""
@@ -150,17 +152,26 @@ class Sampler:
         address = self.address(index)
         if isinstance(address.stream, InstructionStream):
             return self.instructions(address.stream.examples(address.row), address.stream.info.lang, index)
-        row = address.stream.read_row(address.row)
         generator = np.random.Generator(np.random.Philox(key=mix(self.seed, 1) << 64 | mix(index)))
-        return self.build(row, address.kind, address.stream.info.lang, generator, index)
+        lang = address.stream.info.lang
+        if isinstance(address.stream, PackedStream):
+            pieces = address.stream.read_pieces(address.row)
+            # Spans take more slots than one mask does, and what is left out then is the end: each time another's.
+            shuffled = [pieces[number] for number in generator.permutation(len(pieces))]
+            return self._build(shuffled, address.kind, lang, generator, index)
+        return self.build(address.stream.read_row(address.row), address.kind, lang, generator, index)
 
     def build(
         self, row: NDArray[np.int64], kind: int, lang: str, generator: np.random.Generator, index: int = 0
     ) -> Sample:
         """A sample of one kind from a row, int64 [sequence_length − 1]."""
-        tokenizer = self.dataset.tokenizer
-        layout = Layout.empty(self.sequence_length, tokenizer.eod)
-        pieces = self._pieces(row)
+        return self._build(self._pieces(row), kind, lang, generator, index)
+
+    def _build(
+        self, pieces: list[NDArray[np.int64]], kind: int, lang: str, generator: np.random.Generator, index: int
+    ) -> Sample:
+        """A sample of one kind from texts that do not see one another: documents, or one whole row."""
+        layout = Layout.empty(self.sequence_length, self.dataset.tokenizer.eod)
         if kind == GMASK:
             self._prefix(layout, pieces, generator)
         elif kind == CAUSAL:
@@ -170,9 +181,9 @@ class Sampler:
             for piece in pieces:
                 self._blanks_of_document(layout, piece, kind, generator)
         elif kind == MASK:
-            self._blanks(layout, row, generator)
+            self._blanks(layout, pieces[0], generator)
         else:
-            self._sentence_blanks(layout, row, generator)
+            self._sentence_blanks(layout, pieces[0], generator)
         return self._finished(layout, kind, lang, index)
 
     def instructions(self, examples: list[Example], lang: str, index: int = 0) -> Sample:
@@ -247,6 +258,7 @@ class Sampler:
             "expected_targets": {kind: self.expected_targets_by_kind[kind] for kind in shares if shares[kind]},
             "expected_unused_tokens_a_mask_sample": self.expected_unused_tokens,
             "instructions": {stream.key: asdict(stream.packing) for stream in self._examples},
+            "packs": {stream.key: asdict(stream.fill) for stream in self.streams if isinstance(stream, PackedStream)},
         }
 
     def unigram_loss(self, batch: Batch) -> Tensor:
@@ -397,15 +409,16 @@ class Sampler:
 
     def _measured_sentence_ends(self) -> float:
         """Share of eop among smask targets, from 32 rows: it depends on the text, so there is nothing to derive."""
-        texts = [stream for stream in self.streams if isinstance(stream, Stream)]
+        texts = [stream for stream in self.streams if not isinstance(stream, InstructionStream)]
         if not self.kind_shares[SMASK] or not texts:
             return 0.0
         ends = targets = 0
         for number in range(32):
             stream = texts[number % len(texts)]
             generator = np.random.Generator(np.random.Philox(key=mix(self.seed, 5, number)))
-            row = stream.read_row(mix(self.seed, 6, number) % stream.rows)
-            sample = self.build(row, SMASK, stream.info.lang, generator)
+            row = mix(self.seed, 6, number) % stream.rows
+            pieces = stream.read_pieces(row) if isinstance(stream, PackedStream) else self._pieces(stream.read_row(row))
+            sample = self._build(pieces, SMASK, stream.info.lang, generator, 0)
             ends += int((sample.targets[sample.loss_weight > 0] == self.dataset.tokenizer.eop).sum())
             targets += int((sample.loss_weight > 0).sum())
         return ends / targets

@@ -120,7 +120,7 @@ class Shard:
             )
         self.documents = document_marks - 1
         self._marks = document_marks
-        self._first_sequence = self._first_token = 0
+        self._first_document = self._first_sequence = self._first_token = 0
         self.dtype = np.dtype(DTYPES[code])
         self._offset = len(header)
         self._all_sequences = self.sequences
@@ -158,12 +158,13 @@ class Shard:
         return np.memmap(self.prefix + ".idx", np.int64, "r", offset, (self._marks,))
 
     def document_starts(self) -> NDArray[np.int64]:
-        """First token of each document of the whole file, and the number of tokens; int64 [documents + 1]."""
+        """First token of each document, and the number of tokens; int64 [documents + 1]."""
         marks = np.asarray(self.document_marks())
         if not (marks[0] == 0 and marks[-1] == self._all_sequences and (np.diff(marks) >= 0).all()):
             raise DataError(f"{self.prefix}.idx: its list of documents is damaged; write it anew")
         sizes = np.asarray(self.sizes(), dtype=np.int64)
-        return np.concatenate([[0], sizes.cumsum()])[marks]
+        own = marks[self._first_document : self._first_document + self.documents + 1]
+        return np.concatenate([[0], sizes.cumsum()])[own - self._first_sequence]
 
     def part(self, first: int, documents: int) -> "Shard":
         """`documents` documents from number `first` on, as a shard of its own over the same files."""
@@ -175,7 +176,7 @@ class Shard:
         ]
         part = copy(self)
         part.documents, part.sequences, part.tokens = documents, end - begin, edges[1] - edges[0]
-        part._first_sequence, part._first_token, part._map = begin, edges[0], None
+        part._first_document, part._first_sequence, part._first_token, part._map = first, begin, edges[0], None
         return part
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from data_prep.config import DataConfig, PrepConfig, TokenizerConfig
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError
 from data_prep.manifest import FILE
+from data_prep.packing import PackPlan
 from data_prep.prepare import prepare
 from data_prep.samples import Sampler
 from train.checkpoint.model import Trained
@@ -58,6 +59,8 @@ def held_out(
     if data.sources:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiankong-evaluate-"))) / "dataset"
         dataset, split = _prepared(folder, data.sources, trained), "test"
+        if run.data.sampling.pack_documents:
+            PackPlan.write(dataset, length, int(run.data.sampling.starts_with_enc))
         origin |= {"data": [_told(entry) for entry in data.sources], "rejected": _rejected(dataset)}
     else:
         dataset, split = _opened(data.path, trained), split

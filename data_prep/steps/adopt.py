@@ -89,7 +89,7 @@ def _check(shard: Shard, tokenizer: Tokenizer) -> None:
     marked = int((ends == tokenizer.eod).sum())
     if marked < len(ends):
         _log.warning(
-            "%s.bin: %d of %d documents do not end in %s (%d): blanks may cross them, and they cannot be isolated",
+            "%s.bin: %d of %d documents do not end in %s (%d): blanks may cross them, and only packing isolates them",
             *(shard.prefix, len(ends) - marked, len(ends), tokenizer.piece(tokenizer.eod), tokenizer.eod),
         )
 

@@ -11,7 +11,7 @@ from data_prep.batch import INSTRUCTION, KINDS
 from data_prep.config import SamplingConfig, TokenizerConfig
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError
-from data_prep.instructions import InstructionStream, fit, pack
+from data_prep.instructions import InstructionStream, fit
 from data_prep.prepare import prepare
 from data_prep.samples import Sampler
 from data_prep.templates import TEMPLATES, fields_of, render
@@ -121,15 +121,6 @@ def test_long_examples_are_cut_at_the_prompt_first() -> None:
     assert answers.tolist() == [20, 20, 95, 122]
     for prompt, answer in zip(prompts[2:], answers[2:], strict=True):
         assert prompt + 1 + answer == 128
-
-
-def test_packing_is_a_partition_and_fills_well() -> None:
-    sizes = np.random.default_rng(1).integers(3, 300, 5000)
-    order, edges = pack(sizes, 512)
-    assert sorted(order.tolist()) == list(range(5000))
-    used = np.add.reduceat(sizes[order], edges[:-1])
-    assert used.max() <= 512
-    assert used.sum() / (512 * len(used)) > 0.98
 
 
 def test_templates_render_and_bad_ones_are_named(tmp_path: Path, folder: Path) -> None:

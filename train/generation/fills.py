@@ -27,9 +27,11 @@ def fill_blanks(run_dir: Path, held_out: Sampler, count: int, device: torch.devi
     """
     trained = load_trained(run_dir, device)
     result = []
+    # Rows of running text, also where the samples are packed documents.
+    every = held_out.dataset.streams(held_out.split, held_out.sequence_length)
+    texts = [stream for stream in every if isinstance(stream, Stream) and stream.rows]
     for language in LANGUAGES:
-        text = [stream for stream in held_out.streams if isinstance(stream, Stream)]
-        streams = [stream for stream in text if stream.info.lang == language]
+        streams = [stream for stream in texts if stream.info.lang == language]
         for number in range(count if streams else 0):
             generator = np.random.default_rng(mix(held_out.seed, 11, number, LANGUAGES.index(language)))
             stream = streams[int(generator.integers(len(streams)))]
