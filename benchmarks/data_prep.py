@@ -3,7 +3,7 @@
     python -m benchmarks.data_prep duplicates              # recall and precision on planted near-duplicates
     python -m benchmarks.data_prep languages lid.jsonl     # accuracy; lines {text, lang, set}
     python -m benchmarks.data_prep speed DATASET           # MB/s of each step on one core, with DATASET's tokenizer
-    python -m benchmarks.data_prep cost DATASET zh.jsonl en.jsonl 25 50 100    # whole preparations of so many MB
+    python -m benchmarks.data_prep cost zh.jsonl en.jsonl 25 50 100 200    # whole preparations of so many MB
     python -m benchmarks.data_prep start DATASET           # opening a dataset of 1 TB (sparse files)
 
 Times are of the processor, which a shared machine does not falsify.
@@ -13,7 +13,6 @@ import gzip
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from data_prep.tokenizer import Tokenizer
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 BATCH = 64
+STAGES = ("clean", "match", "decide", "learn", "tokenise", "finish")
 
 
 def texts(lang: str) -> list[str]:
@@ -182,30 +182,73 @@ def _seconds(step: Callable[[], object]) -> float:
     return time.process_time() - before
 
 
-def cost(folder: str, zh: str, en: str, *megabytes: str) -> None:
-    """Whole preparations with `data=web` and the tokenizer of `folder`."""
+def cost(zh: str, en: str, *megabytes: str) -> None:
+    """Whole preparations with `data=web` and two workers, a tokenizer trained among them: each stage's CPU, and memory.
+
+    Memory is what all processes hold together (pages that they share are counted in each).
+    """
+    header = ("text MB", "kept", "kept aside", "M tokens", *STAGES, "CPU s", "MB / CPU s", "folder MB")
     rows: list[tuple[object, ...]] = []
     for wanted in map(int, megabytes):
         with tempfile.TemporaryDirectory() as place:
-            sizes = [_head(Path(path), Path(place) / f"{n}.jsonl", wanted * 500_000) for n, path in enumerate((zh, en))]
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            begin = time.perf_counter()
-            words = [f"data.sources=[{place}/0.jsonl,{place}/1.jsonl]", f"data.path={place}/out", "data=web"]
-            command = [sys.executable, "-m", "data_prep", *words, f"tokenizer.path={folder}", "tokenizer.threads=1"]
-            subprocess.run([*command, "data.pipeline.workers=1"], check=True, capture_output=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            manifest = Manifest.read(Path(place) / "out")
+            files = [(Path(path), Path(place) / f"{lang}.jsonl") for path, lang in ((zh, "zh"), (en, "en"))]
+            size = sum(_head(source, target, wanted * 500_000) for source, target in files) / 1e6
+            folder = Path(place) / "out"
+            words = [f"data.sources=[{place}/zh.jsonl,{place}/en.jsonl]", f"data.path={folder}", "data=web"]
+            words += ["data.pipeline.workers=2", f"data.task_bytes={wanted * 125_000}"]
+            cpu, memory = _watched([sys.executable, "-m", "data_prep", *words], folder / ".work" / "logs")
+            manifest = Manifest.read(folder)
             counts = manifest.counts("train").plus(manifest.counts("valid")).plus(manifest.counts("test"))
-            written = sum(path.stat().st_size for path in (Path(place) / "out").rglob("*") if path.is_file())
+            written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             refused = sum(sum(reasons.values()) for reasons in manifest.rejected.values())
-        size, wall = sum(sizes) / 1e6, time.perf_counter() - begin
-        memory = f"{after.ru_maxrss / 2**10:.0f}"
-        row = f"{size:.0f}", f"{counts.documents:,}", f"{refused:,}", f"{counts.tokens / 1e6:.1f}", f"{taken:.0f}"
-        rows.append((*row, f"{size / taken:.1f}", f"{wall:.0f}", memory, f"{written / 1e6:.0f}"))
+        stages = (f"{cpu[stage]:.0f} s, {memory[stage] / 2**20:.0f} MiB" for stage in STAGES)
+        row = f"{size:.0f}", f"{counts.documents:,}", f"{refused:,}", f"{counts.tokens / 1e6:.1f}", *stages
+        total = sum(cpu.values())
+        rows.append((*row, f"{total:.0f}", f"{size / total:.1f}", f"{written / 1e6:.0f}"))
         print(rows[-1], file=sys.stderr, flush=True)
-    header = ("text MB", "kept", "kept aside", "M tokens", "CPU s", "MB / CPU s", "wall s", "peak MiB", "folder MB")
     table(header, rows)
+
+
+def _watched(command: list[str], logs: Path) -> tuple[Counter[str], Counter[str]]:
+    """Run a preparation; CPU seconds and most resident bytes of its processes, by stage.
+
+    A stage lasts from the moment its folder of logs appears; the start-up counts as the first one's.
+    """
+    cpu, memory = Counter[str](), Counter[str]()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        spent = 0.0
+        stage = STAGES[0]
+        while process.poll() is None:
+            time.sleep(0.05)
+            seen, resident = _tree(process.pid)
+            # A process that ended between two looks is counted once its parent has waited for it.
+            cpu[stage] += max(0.0, seen - spent)
+            spent = max(spent, seen)
+            memory[stage] = max(memory[stage], resident)
+            stage = next((name for name in reversed(STAGES) if (logs / name).exists()), stage)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+    return cpu, memory
+
+
+def _tree(root: int) -> tuple[float, int]:
+    """CPU seconds (of the dead waited for too) and resident bytes of a process and all below it."""
+    processes: dict[int, tuple[int, float, int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        # Behind the name: state, parent, …; 11 to 14 are user and system time, own and of children; 21 is pages.
+        times = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        processes[int(path.parent.name)] = int(fields[1]), times, int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    ours, seconds, resident = {root}, 0.0, 0
+    for number in sorted(processes):
+        parent, times, size = processes[number]
+        if number in ours or parent in ours:
+            ours.add(number)
+            seconds, resident = seconds + times, resident + size
+    return seconds, resident
 
 
 def _head(source: Path, target: Path, size: int) -> int:
