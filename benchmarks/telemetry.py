@@ -1,93 +1,105 @@
-"""Cost of full telemetry: a step measured in every step, in every tenth, and with telemetry and detection off.
+"""Cost of full telemetry: one engine, its guard off, on in a step that is not measured, and on in one that is.
 
-    python -m benchmarks.telemetry [model=tiny] [rounds=4] [steps=10] [any other override of python -m train]
+    python -m benchmarks.telemetry [model=1b precision=bf16 …] [seconds=45] [output=benchmarks/telemetry.csv]
 
-Correctness first: all three train to the same losses. Then blocks of steps of the three in turn, and the medians: CPU
-seconds on a CPU (process time, so that other work on the machine does not count), wall time with a synchronised device
-elsewhere. Appends to benchmarks/telemetry.csv with device and versions.
+The three kinds of step take turns, so that a slower moment of the machine hits all of them; the ratio is the median of
+the turns' own ratios to the step that was off. A run measures every logging.every_steps-th step (10): the last row is
+nine steps of the second kind and one of the third. CPU seconds on a CPU (process time, so that other work on the
+machine does not count), wall time with a synchronised device elsewhere; reading the step's numbers counts. Checked
+first: the norm that the guard sees is the one DeepSpeed clips by.
 """
 
 import csv
+import math
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from data_prep.batch import Batch
 from data_prep.dataset import Dataset
 from train import backend
 from train.cli import compose_train
-from train.engine import Engine
+from train.engine import Engine, StepNumbers
 from train.loading import sampler
 from train.run_folder import cpu_name
+from train.stability.guard import Guard
 
 TARGET = Path(__file__).with_suffix(".csv")
-OFF = ["stability.telemetry=false", "stability.reactions=[]"]
-WAYS = {"every step": ["logging.every_steps=1"], "every 10th step": ["logging.every_steps=10"], "off": OFF}
+EVERY = 10
+OFF, BETWEEN, MEASURED = "off", "on, not measured", "on, measured"
+MIX = f"on, every {EVERY}th step measured"
+COLUMNS = ["device", "torch", "model", "overrides", "tokens_a_step", "telemetry", "steps", "seconds_a_step", "ratio"]
 
 
 def main(words: list[str]) -> int:
-    """Measure and append."""
+    """Measure until the time is up, print as it goes, append to the table."""
     settings = dict(word.split("=", 1) for word in words)
-    rounds, steps = int(settings.pop("rounds", 4)), int(settings.pop("steps", 10))
-    settings.setdefault("data.path", "data/sample")
+    seconds, target = float(settings.pop("seconds", 45)), Path(settings.pop("output", TARGET))
+    settings = {"data.path": "data/sample", "logging.every_steps": str(EVERY)} | settings
     base = [f"{key}={value}" for key, value in settings.items()]
-    backend.start()
     config = compose_train(base)
+    backend.start()
     mesh = backend.make_mesh(config)
-    accelerated = mesh.device.type != "cpu"
-    if not accelerated:
+    if mesh.device.type == "cpu":
         torch.set_num_threads(1)
     source = sampler(config, Dataset.open(config.data.path))
     micro = config.micro_batch_size
-    count = config.global_batch_size // micro
-    batches = [source.batch(range(k * micro, (k + 1) * micro)) for k in range(count)]
-    engines = {way: Engine.start(compose_train([*base, *more]), mesh) for way, more in WAYS.items()}
-    clock = time.perf_counter if accelerated else time.process_time
-
-    def block(engine: Engine) -> tuple[float, float]:
-        """CPU or wall seconds a step, and the last step's loss."""
-        results: list[Any] = []
-        wait(mesh.device)
-        start = clock()
-        for step in range(1, steps + 1):
-            if engine.guard is not None:
-                engine.guard.coming(step)
-            results.append(engine.step(batches, 1e-4, 1.0))
-        loss = engine.read(results)[-1].loss
-        wait(mesh.device)
-        return (clock() - start) / steps, loss
-
-    taken: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(rounds + 1):
-        losses = {}
-        for way, engine in engines.items():
-            seconds, losses[way] = block(engine)
-            if number:  # the first block warms up
-                taken[way].append(seconds)
-        assert len(set(losses.values())) == 1, losses
-    seconds = {way: statistics.median(found) for way, found in taken.items()}
-    device = backend.device_name() if accelerated else cpu_name()
-    fresh = not TARGET.exists()
-    with TARGET.open("a", newline="") as file:
+    batches = [source.batch(range(k, k + micro)) for k in range(0, config.global_batch_size, micro)]
+    timed = Timed(Engine.start(config, mesh), batches)
+    print(f"{config.model.name}: engine ready", flush=True)
+    for kind in (MEASURED, BETWEEN, OFF):  # compiles what is compiled
+        took, numbers = timed.step(kind)
+        print(f"first step, {kind}: {took:.3f} s, loss {numbers.loss:.3f}", flush=True)
+        seen = numbers.seen.get("grad_norm", numbers.grad_norm)
+        assert math.isclose(seen, numbers.grad_norm, rel_tol=1e-3), (seen, numbers.grad_norm)
+    taken: dict[str, list[float]] = {OFF: [], BETWEEN: [], MEASURED: []}
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline or len(taken[OFF]) < 3:
+        for kind, found in taken.items():
+            found.append(timed.step(kind)[0])
+        print(", ".join(f"{kind} {found[-1]:.4f} s" for kind, found in taken.items()), flush=True)
+    taken[MIX] = [((EVERY - 1) * a + b) / EVERY for a, b in zip(taken[BETWEEN], taken[MEASURED], strict=True)]
+    device = cpu_name() if mesh.device.type == "cpu" else backend.device_name()
+    about = [device, torch.__version__, config.model.name, " ".join(base)]
+    about.append(str(config.global_batch_size * config.sequence_length))
+    fresh = not target.exists()
+    with target.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if fresh:
-            writer.writerow(["device", "torch", "model", "overrides", "telemetry", "seconds_a_step", "ratio_to_off"])
-        for way, value in seconds.items():
-            ratio = value / seconds["off"]
-            print(f"telemetry {way}: {value:.4f} s a step, {ratio:.3f} of off")
-            row = [device, torch.__version__, config.model.name, " ".join(base), way, f"{value:.4f}", f"{ratio:.3f}"]
-            writer.writerow(row)
+            writer.writerow(COLUMNS)
+        for kind, found in taken.items():
+            value = statistics.median(found)
+            ratio = statistics.median(mine / off for mine, off in zip(found, taken[OFF], strict=True))
+            print(f"telemetry {kind}: {value:.4f} s a step, {ratio:.4f} of off", flush=True)
+            writer.writerow([*about, kind, len(found), f"{value:.5f}", f"{ratio:.4f}"])
     backend.stop()
     return 0
 
 
-def wait(device: torch.device) -> None:
-    """Until the device is done."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+class Timed:
+    """An engine whose guard can be taken off and put back."""
+
+    def __init__(self, engine: Engine, batches: list[Batch]) -> None:
+        assert engine.guard is not None
+        self.engine, self.batches = engine, batches
+        self.guard: Guard = engine.guard
+        self.device = engine.mesh.device
+        self.clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+
+    def step(self, kind: str) -> tuple[float, StepNumbers]:
+        """Seconds of one step of that kind, and its numbers."""
+        off = kind == OFF
+        self.engine.guard = None if off else self.guard
+        self.engine.deepspeed.optimizer.step = self.guard.update if off else self.guard.step
+        self.guard.coming(EVERY if kind == MEASURED else 1)
+        backend.synchronize()
+        start = self.clock()
+        numbers = self.engine.read([self.engine.step(self.batches, 1e-4, 1.0)])[0]
+        backend.synchronize()
+        return self.clock() - start, numbers
 
 
 if __name__ == "__main__":

@@ -165,10 +165,11 @@ class OptimizerConfig:
     holds for the warm-up only, with zclip beside the z-score."""
     clip_kind: str = "global"
     """global; adagc (each tensor against an average of its own norms) or zclip (the global norm's z-score)."""
-    clip_decay: float = 0.97
-    """adagc, zclip: decay of the running averages."""
-    clip_warmup_steps: int = 25
-    """adagc, zclip: steps that only fill the averages and are clipped to optimizer.clip."""
+    clip_decay: float | None = None
+    """adagc, zclip: decay of the running averages; null: 0.98 and 0.97."""
+    clip_warmup_steps: int | None = None
+    """adagc, zclip: steps that only fill the averages and are clipped to optimizer.clip; null: 100 and
+    25."""
     clip_relative: float = 1.05
     """adagc: largest norm of a tensor relative to its average."""
     clip_z: float = 2.5

@@ -251,7 +251,6 @@ def _numbers(config: Config) -> None:
         "model.init_scale": config.model.init_scale,
         "optimizer.clip_relative": optimizer.clip_relative,
         "optimizer.clip_z": optimizer.clip_z,
-        "optimizer.clip_warmup_steps": optimizer.clip_warmup_steps,
         "stability.spike_sigma": stability.spike_sigma,
         "stability.lr_factor": stability.lr_factor,
         "stability.shrink_factor": stability.shrink_factor,
@@ -267,7 +266,9 @@ def _numbers(config: Config) -> None:
     for key in (*switched, *(f"stability.{name}" for name in counts)):
         if get(config, key) < 0:
             raise ConfigError(f"{key}={get(config, key)} must not be negative; 0 switches it off")
-    if not 0 <= optimizer.clip_decay < 1:
+    if optimizer.clip_warmup_steps is not None and optimizer.clip_warmup_steps < 1:
+        raise ConfigError(f"optimizer.clip_warmup_steps={optimizer.clip_warmup_steps} must be at least 1")
+    if optimizer.clip_decay is not None and not 0 <= optimizer.clip_decay < 1:
         raise ConfigError(f"optimizer.clip_decay={optimizer.clip_decay} must lie in [0, 1)")
     if schedule.warmup_samples > schedule.decay_samples:
         raise ConfigError(

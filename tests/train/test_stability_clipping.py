@@ -45,7 +45,7 @@ class PlainAdaGC:
 
 
 class PlainZClip:
-    """Section 3 of arXiv 2504.02507 with the reciprocal threshold, warmed up on a list of norms."""
+    """ZClip with the reciprocal threshold, in the order of its authors' code, warmed up on a list of norms."""
 
     def __init__(self) -> None:
         self.first: list[float] = []
@@ -66,9 +66,9 @@ class PlainZClip:
             if z > Z:
                 wanted = self.mean + Z * Z / z * math.sqrt(self.variance)
             self.clipped.append(int(z > Z))
-            wanted *= min(LIMIT / (wanted + 1e-6), 1.0)
             self.mean = DECAY * self.mean + (1 - DECAY) * wanted
             self.variance = DECAY * self.variance + (1 - DECAY) * (wanted - self.mean) ** 2
+            wanted *= min(LIMIT / (wanted + 1e-6), 1.0)
         return dict.fromkeys(norms, wanted / norm)
 
 
@@ -98,6 +98,15 @@ def test_factors_are_those_of_plain_python(kind: str) -> None:
     assert plain.clipped[20]
     assert plain.clipped[40]
     assert sum(plain.clipped[WARMUP:]) < 3 * 56
+
+
+@pytest.mark.unit
+def test_each_kind_has_constants_of_its_own() -> None:
+    for kind, constants in {"adagc": (0.98, 100), "zclip": (0.97, 25)}.items():
+        clipping = Clipping.of(OptimizerConfig(lr=1.0, clip_kind=kind), 3, torch.device("cpu"))
+        assert clipping is not None
+        assert (clipping.decay, clipping.warmup_steps) == constants
+        assert (clipping.config.clip_relative, clipping.config.clip_z) == (1.05, 2.5)
 
 
 @pytest.mark.distributed

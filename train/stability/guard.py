@@ -57,7 +57,8 @@ class Guard:
         self._fragments: list[Fragment] = []
         self._rounds, self._loss, self._scale = 1, torch.zeros(()), 1.0
         self._seen: Measured | None = None
-        self._update = optimizer.step
+        self.update = optimizer.step
+        """The optimizer's own step."""
         optimizer.step = self.step
 
     @staticmethod
@@ -108,7 +109,7 @@ class Guard:
         total = found.sum().sqrt()
         agree_on_overflow(self.optimizer, gradients, total)
         left_out = self._detect(loss, total, inner)
-        done = self._update(*args, **kwargs)
+        done = self.update(*args, **kwargs)
         embedding = found[self._embedding].sum().sqrt()
         numbers = torch.stack((total, embedding, *self._score, left_out))
         snapshot = None if fp16 is None else self._snapshot(found, fp16, inner, 1.0 - left_out)
