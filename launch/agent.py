@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ RENDEZVOUS_SECONDS = 60
 """How long the agents of a job wait for each other."""
 PARTING_SECONDS = 10.0
 """How long an agent whose ranks are done keeps the rendezvous' store for the others."""
+GRACE_SECONDS = 0.5
+"""How much longer the first agent keeps it, so that the others read there that all are done."""
+_TORCH_LOG = logging.getLogger("torch.distributed.elastic")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -69,8 +73,12 @@ class Steering:
 class Agent(SimpleElasticAgent):
     """One machine's agent; `status` holds the run's exit status when `run` has returned."""
 
-    def __init__(self, spec: WorkerSpec, command: Sequence[str], ranks: Ranks, steering: Steering) -> None:
+    def __init__(
+        self, spec: WorkerSpec, command: Sequence[str], ranks: Ranks, steering: Steering, *, keeps_store: bool
+    ) -> None:
+        """keeps_store: whether other machines' agents use the store of this one."""
         super().__init__(spec, exit_barrier_timeout=PARTING_SECONDS)
+        self._keeps_store = keeps_store
         self.status: int | None = None
         self._steering = steering
         self._command = list(command)
@@ -124,6 +132,13 @@ class Agent(SimpleElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:
         self._ranks.end()
 
+    def _exit_barrier(self) -> None:
+        # An agent that misses the first one's word at the end has lost nothing; torch's account of it is pages long.
+        _TORCH_LOG.setLevel(logging.CRITICAL)
+        super()._exit_barrier()
+        if self._keeps_store:
+            time.sleep(GRACE_SECONDS)
+
     def _shutdown(self, *_: Any, **__: Any) -> None:
         # torch calls it at the end of every run, with arguments that differ between its versions.
         if self.status is None:
@@ -141,7 +156,7 @@ def run_ranks(
     culprit's words; only the first machine's ranks write on the console.
     """
     # Its warnings speak of its own process manager's options.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    _TORCH_LOG.setLevel(logging.ERROR)
     supervised = steering is not None
     steering = steering or Steering()
     first = place is None or place.node_rank == 0
@@ -158,7 +173,7 @@ def run_ranks(
             monitor_interval=POLL_SECONDS,
             local_addr="127.0.0.1" if place is None else None,
         )
-        agent = Agent(spec, command, ranks, steering)
+        agent = Agent(spec, command, ranks, steering, keeps_store=place is not None and first)
 
         def handle(signum: int, frame: FrameType | None) -> None:
             steering.signals.append(signal.Signals(signum))

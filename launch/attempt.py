@@ -127,10 +127,13 @@ class Attempt:
         if lost:
             return lost_node(lost[0], self.crew.why_lost(lost[0]), self.ranks())
         gone = [name for name, status in self._ended.items() if status not in (EXIT_DONE, EXIT_STOPPED)]
+        if gone and not self._failures and self._stops:
+            return Fault("not_saved", f"the ranks on node {gone[0]} were ended before they listened for signals")
         if gone and not self._failures:
             why = "its agent lost touch with the supervisor and ended its ranks"
             return lost_node(gone[0], why, self.ranks())
-        silence = of_silence(self.ranks(), self.cluster.silent_seconds)
+        # Ages as the node told them: a node that is silent itself says nothing about its ranks.
+        silence = of_silence({rank: view for rank, (view, _) in self._views.items()}, self.cluster.silent_seconds)
         if silence is not None:
             self._ask_for_stacks()
             return silence

@@ -65,8 +65,8 @@ class Crew:
 
     def why_lost(self, name: str) -> str:
         """What is known about a node that is not connected."""
-        said = self.members[name].bad or self._starter.last_words(name)
-        return said or self.members[name].lost or "it has not answered"
+        member = self.members[name]
+        return member.bad or member.lost or self._starter.last_words(name) or "it has not answered"
 
     def send(self, name: str, message: Message) -> int:
         """Send an order, if the node is connected; returns the number that its answer will bear."""
@@ -97,7 +97,7 @@ class Crew:
             said.append((member.name, message))
         for member in self.members.values():
             silent = time.monotonic() - member.heard
-            if member.connected and silent > self._silent_seconds and not said:
+            if member.connected and silent > self._silent_seconds:
                 member.lost = f"no word from it for {silent:.0f} s (its machine, its network or its agent is down)"
                 assert member.link is not None
                 member.link.close()
@@ -109,7 +109,7 @@ class Crew:
         return self.ask_each(dict.fromkeys(names, message), seconds)
 
     def ask_each(self, messages: Mapping[str, Message], seconds: float) -> dict[str, Message]:
-        """Give each node its own order; returns the answers that came in time."""
+        """Give each node its own order; returns the answers that came in time, each with `arrived` by our clock."""
         names = list(messages)
         numbers = {name: self.send(name, message) for name, message in messages.items()}
         answers: dict[str, Message] = {}
@@ -117,7 +117,7 @@ class Crew:
         while len(answers) < len(names) and time.monotonic() < deadline:
             said = self.poll(0.1)
             answers |= {
-                name: message
+                name: {**message, "arrived": time.time()}
                 for name, message in said
                 if message["kind"] == "answer" and message["order"] == numbers.get(name)
             }

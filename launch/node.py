@@ -50,6 +50,7 @@ class Node:
         self._heard = time.monotonic()
         self._lease = float("inf")
         self._complained = False
+        self._reached = False
         self._running: _Attempt | None = None
 
     def run(self) -> int:
@@ -146,16 +147,17 @@ class Node:
             link = connect(self._address, self._port)
         except OSError as error:
             if not self._complained:
+                fix = "cluster.supervisor_address must be an address of its machine that the nodes can reach"
                 print(
-                    f"node {self._name}: cannot reach the supervisor at {self._address}:{self._port} ({error}); "
-                    "cluster.supervisor_address must be an address of its machine that the nodes can reach",
+                    f"node {self._name}: cannot reach the supervisor at {self._address}:{self._port} ({error})"
+                    + ("" if self._reached else f"; {fix}"),
                     file=sys.stderr,
                     flush=True,
                 )
             self._complained = True
             time.sleep(1.0)
             return isinstance(error, ConnectionRefusedError)
-        self._complained = False
+        self._complained, self._reached = False, True
         idle = self._running is None
         link.send({"kind": "hello", "token": self._token, "name": self._name, "idle": idle})
         with self._lock:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from data_prep.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DATA, ConfigError, RunFailed
+from data_prep.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DATA, EXIT_STOPPED, ConfigError, RunFailed
 from launch.admission import admit
 from launch.attempt import Attempt, Outcome, slow_ranks
 from launch.crew import Crew
@@ -118,12 +118,15 @@ class Supervisor:
             newest = newest_checkpoint(self._run_dir)
             restarts = 1 if newest > checkpoint else restarts + 1
             checkpoint = newest
+            redone = max(0, outcome.last_step - newest, last_step(self._run_dir)[0] - newest)
+            if self._stops and not redone and fault.status not in _OUTCOMES:
+                say(f"stopped before the first new step; go on with: {command_line()}")
+                return EXIT_STOPPED
             reason = self._no_retry(fault, restarts)
             if reason is not None:
                 self._records.event(fault.kind, fault.seen, f"gave up: {reason}", node=fault.node, rank=fault.rank)
                 say(f"{reason}; start again with: {command_line()}")
                 return fault.status
-            redone = max(0, outcome.last_step - newest, last_step(self._run_dir)[0] - newest)
             action = f"restarted from step {newest}, {redone} steps are done again"
             self._records.event(fault.kind, fault.seen, action, node=fault.node, rank=fault.rank, redone=redone)
             say(action)
@@ -163,7 +166,6 @@ class Supervisor:
             at |= {"nonce": nonce, "port": self._cluster.rendezvous_port}
             names = self._crew.connected()
             answers = self._crew.ask(names, {"kind": "look", "at": at}, LOOK_SECONDS)
-            now = time.time()
         finally:
             mark.unlink(missing_ok=True)
         found = {name: answer["facts"] for name, answer in answers.items()}
@@ -172,8 +174,7 @@ class Supervisor:
             raise ConfigError(f"node {', '.join(silent)}: does not answer within {LOOK_SECONDS:.0f} s; leave it out")
         for name, facts in found.items():
             self._crew.members[name].facts = facts
-        # Answers wait for the slowest node, so that only large differences mean anything.
-        admit(self._config, found, {name: facts["time"] - now for name, facts in found.items()})
+        admit(self._config, found, {name: found[name]["time"] - answers[name]["arrived"] for name in found})
         self._processes = (
             self._cluster.processes
             or self._cluster.gpus_per_node

@@ -13,6 +13,8 @@ SLOW_RATIO = 1.5
 """A rank is a straggler when its own time a step is so many times the median's …"""
 SLOW_SECONDS = 0.05
 """… and so much longer."""
+LONGEST_REASON = 300
+"""Characters of a rank's own words that go into the one sentence."""
 _FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
 _STATES = {
     "stopped": "its process is stopped (SIGSTOP, or a debugger)",
@@ -58,7 +60,7 @@ class Fault:
     """Why an attempt ended: one kind, one culprit, one sentence."""
 
     kind: str
-    """node_lost, rank_failed, rank_frozen or hang."""
+    """node_lost, rank_failed, rank_frozen, hang, or not_saved where a stop came too early for the ranks."""
     seen: str
     node: str | None = None
     rank: int | None = None
@@ -71,7 +73,11 @@ def of_failures(failures: Sequence[Failure]) -> Fault:
     first = min(failures, key=lambda failure: (failure.blames_a_peer, failure.at))
     who = f"node {first.node}" if first.rank is None else f"rank {first.rank} on node {first.node}"
     lost = " (it lost another rank, and no other rank or node has said why)" if first.blames_a_peer else ""
-    return Fault("rank_failed", f"{who} {first.how}{lost}", first.node, first.rank, first.words, first.status)
+    said = [line.strip() for line in first.words.splitlines() if line.strip()]
+    # A traceback ends with its error, a refusal of ours is one line.
+    own = said and "exit status" in first.how and not first.blames_a_peer
+    why = f": {said[-1][:LONGEST_REASON]}" if own else ""
+    return Fault("rank_failed", f"{who} {first.how}{why}{lost}", first.node, first.rank, first.words, first.status)
 
 
 def lost_node(node: str, why: str, ranks: Mapping[int, RankView]) -> Fault:

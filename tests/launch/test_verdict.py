@@ -39,7 +39,7 @@ def failure(node: str, rank: int | None, at: float, *, blames: bool = False) -> 
 def test_an_error_of_its_own_beats_an_earlier_one_that_blames_a_peer():
     fault = of_failures([failure("a", 0, 1.0, blames=True), failure("b", 5, 2.0), failure("c", 9, 3.0)])
     assert (fault.kind, fault.node, fault.rank, fault.words) == ("rank_failed", "b", 5, "words of b")
-    assert fault.seen == "rank 5 on node b failed with exit status 1"
+    assert fault.seen == "rank 5 on node b failed with exit status 1: words of b"
     fault = of_failures([failure("a", None, 1.0, blames=True)])
     assert fault.seen.startswith("node a failed with exit status 1 (it lost another rank, and no other")
 
