@@ -1,7 +1,7 @@
 """Which nodes may train: what they said of themselves compared, each problem named with its node and the fix."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.errors import ConfigError
@@ -55,6 +55,12 @@ def _problems(config: Config, name: str, facts: Facts) -> list[str]:
             f"node {name}: {len(cards)} accelerators, but cluster.gpus_per_node={cluster.gpus_per_node}; "
             "mend the node or leave it out"
         )
+    return found + busy(name, cards)
+
+
+def busy(name: str, cards: Sequence[Facts]) -> list[str]:
+    """Accelerators of a node that others use."""
+    found = []
     for number, card in enumerate(cards):
         if card["processes"] or card["used_mib"] > BUSY_MIB:
             who = ", ".join(card["processes"]) or "a process that is not shown"

@@ -1,9 +1,10 @@
 """python -m launch.preflight WORDS: measure every node and every pair of nodes before a job takes them.
 
-takes the words of `python -m launch`. Each node's matrix product, memory copy, disk and accelerators' health are held
-against the fleet's median, then all pairs measure their link, as many at a time as there are disjoint ones. Prints a
-table and a verdict; status 0 when every node is good, 1 otherwise. `cluster.preflight=true` does the same at launch
-and leaves the bad nodes out.
+takes the words of `python -m launch`. Each node opens the dataset's shards and asks its accelerators for their health;
+its matrix product, memory copy, disk, clock and the speeds between host and accelerators are held against the fleet's
+median. Then all pairs measure their link, as many at a time as there are disjoint ones. Prints a table and a verdict;
+status 0 when every node is good, 1 otherwise. `cluster.preflight=true` does the same at launch and leaves the bad nodes
+out.
 """
 
 import statistics
@@ -29,7 +30,17 @@ LINK_SHARE = 0.5
 FREE_GB = 1.0
 """Free space under run_dir below which no checkpoint is to be hoped for."""
 ANSWER_SECONDS = 180.0
-SPEEDS = {"matmul_gflops": "GFLOP/s", "copy_gb_per_second": "GB/s", "disk_mb_per_second": "MB/s"}
+CLOCK_SECONDS = 5.0
+"""A clock further from the fleet's median is bad: logs and heartbeats could not be put in order."""
+SPEEDS = {
+    "matmul_gflops": "GFLOP/s",
+    "copy_gb_per_second": "GB/s",
+    "host_gb_per_second": "GB/s",
+    "peer_gb_per_second": "GB/s",
+    "clock_mhz": "MHz",
+    "disk_mb_per_second": "MB/s",
+}
+"""What is held against the median, and its unit; host, peer and clock only where there are accelerators."""
 
 
 @dataclass
@@ -47,13 +58,23 @@ class Verdict:
 def measure(crew: Crew, config: Config) -> Verdict:
     """Run the plan on all connected nodes."""
     names = crew.connected()
-    run_dir = str(Path(config.run_dir).absolute())
-    order = {"kind": "probe", "what": "node", "options": {"run_dir": run_dir}}
-    nodes = {name: answer["results"] for name, answer in crew.ask(names, order, ANSWER_SECONDS).items()}
+    nodes: dict[str, dict[str, Any]] = {name: {"health": []} for name in names}
+    plan = {
+        "node": {"run_dir": str(Path(config.run_dir).absolute())},
+        "data": {"data_path": str(Path(config.data.path).absolute())},
+        "clock": {},
+    }
+    for what, options in plan.items():
+        answers = crew.ask(names, {"kind": "probe", "what": what, "options": options}, ANSWER_SECONDS)
+        for name, found in nodes.items():
+            results = answers[name]["results"] if name in answers else {"error": "no answer"}
+            found |= {**results, "health": [*found["health"], *results.get("health", [])]}
+            if "time" in results:
+                found["skew_seconds"] = results["time"] - answers[name]["arrived"]
     links: dict[tuple[str, str], dict[str, Any]] = {}
     for pairs in rounds(names):
         links |= _measure_pairs(crew, config, pairs)
-    return judge({name: nodes.get(name, {"error": "no answer"}) for name in names}, links)
+    return judge(nodes, links)
 
 
 def _measure_pairs(
@@ -98,10 +119,13 @@ def judge(nodes: dict[str, dict[str, Any]], links: dict[tuple[str, str], dict[st
         if "error" not in found:
             if found["free_gb"] < FREE_GB:
                 reasons.append(f"only {found['free_gb']:.1f} GB free under run_dir")
+            skew = found["skew_seconds"] - _median(nodes, "skew_seconds")
+            if abs(skew) > CLOCK_SECONDS:
+                reasons.append(f"its clock is {skew:+.1f} s from the fleet's; set it (chrony, ntpd)")
             reasons += [
                 f"{key.partition('_')[0]} {found[key]:.3g} {unit}, the fleet's median is {_median(nodes, key):.3g}"
                 for key, unit in SPEEDS.items()
-                if found[key] < NODE_SHARE * _median(nodes, key)
+                if key in found and found[key] < NODE_SHARE * _median(nodes, key)
             ]
         if reasons:
             verdict.bad[name] = reasons
@@ -123,9 +147,10 @@ def judge(nodes: dict[str, dict[str, Any]], links: dict[tuple[str, str], dict[st
 def show(verdict: Verdict) -> None:
     """The tables and the verdict, on standard output."""
     console = Console()
-    table = Table("node", *(f"{key.partition('_')[0]} {unit}" for key, unit in SPEEDS.items()), "free GB", "verdict")
+    shown = {key: unit for key, unit in SPEEDS.items() if any(key in found for found in verdict.nodes.values())}
+    table = Table("node", *(f"{key.partition('_')[0]} {unit}" for key, unit in shown.items()), "free GB", "verdict")
     for name, found in verdict.nodes.items():
-        values = [f"{found[key]:.4g}" if key in found else "–" for key in (*SPEEDS, "free_gb")]
+        values = [f"{found[key]:.4g}" if key in found else "–" for key in (*shown, "free_gb")]
         table.add_row(name, *values, "; ".join(verdict.bad.get(name, ["good"])))
     console.print(table)
     if verdict.links:
@@ -154,7 +179,7 @@ def _typical(links: Mapping[tuple[str, str], Mapping[str, Any]]) -> float:
 
 
 def _median(nodes: Mapping[str, Mapping[str, Any]], key: str) -> float:
-    return statistics.median(found[key] for found in nodes.values() if "error" not in found)
+    return statistics.median(found[key] for found in nodes.values() if key in found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
