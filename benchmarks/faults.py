@@ -10,12 +10,14 @@ under `python -m launch cluster=ssh`, and each run plants one fault at a step be
 
 Detected: from the fault to the line in events.jsonl. Recovered: to the first step after the restart. After each run the
 metrics are compared with those of a run without a fault, step by step: the same samples and the same losses, each once.
+Rows are appended; `runs=0 output=FILE` prints the table of a file that is there.
 """
 
 import csv
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from train.run_folder import read_log
 STEPS, SAVE_EVERY, FAULT_AT, BATCH = 40, 10, 23, 8
 SILENT, WAIT = 6, 4
 FILL_SECONDS = 8.0
+JOB_SECONDS = 400
 FAULTS = ("kill", "stop", "link", "disk")
 JOB = [
     *("model=tiny", "model.num_layers=2", "model.hidden_size=64", "model.num_heads=4", "model.ffn_hidden_size=160"),
@@ -49,7 +52,7 @@ def run(hosts: Hosts, fault: str | None, run_dir: Path) -> Record | None:
         job = hosts.start("-m", "launch", *hosts.words(), *JOB, f"run_dir={run_dir}", stdout=out, stderr=out)
         try:
             planted = None if fault is None else plant(hosts, fault, run_dir, job)
-            status = job.wait(timeout=240)
+            status = job.wait(timeout=JOB_SECONDS)
         finally:
             if job.poll() is None:
                 os.killpg(job.pid, signal.SIGKILL)
@@ -68,6 +71,7 @@ def run(hosts: Hosts, fault: str | None, run_dir: Path) -> Record | None:
         "recovered_seconds": round(recovered["time"] - planted, 1),
         "steps_redone": found["redone"],
         "kind": found["kind"],
+        "load": round(os.getloadavg()[0], 1),
         "named": found["seen"].replace(hosts.prefix, ""),
     }
 
@@ -124,27 +128,60 @@ def main(words: list[str]) -> int:
         "output": "",
         **dict(w.split("=", 1) for w in words),
     }
+    runs, failed = int(options["runs"]), 0
+    if runs:
+        failed = _measure(int(options["hosts"]), runs, options["faults"].split(","), options["output"])
+    if options["output"]:
+        with open(options["output"], newline="") as file:
+            print(table(list(csv.DictReader(file))))
+    return 1 if failed else 0
+
+
+def _measure(count: int, runs: int, faults: list[str], output: str) -> int:
+    """Returns the number of runs that did not end as they should; each is told and the rest goes on."""
+    failed = 0
     scratch = Path(tempfile.mkdtemp(prefix="tiankong-faults-"))
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "none", str(scratch)], check=True)
     try:
-        with Hosts(int(options["hosts"])) as hosts:
+        with Hosts(count) as hosts:
             run(hosts, None, scratch / "run")
             expected = history(scratch / "run")
             check(expected, expected)
-            for _ in range(int(options["runs"])):
-                for fault in options["faults"].split(","):
-                    shutil.rmtree(scratch / "run")
+            for fault in faults * runs:
+                shutil.rmtree(scratch / "run")
+                (scratch / "filler").unlink(missing_ok=True)
+                try:
                     row = run(hosts, fault, scratch / "run")
                     assert row is not None
                     check(history(scratch / "run"), expected)
-                    print(row, flush=True)
-                    _append(options["output"], row)
-                    if fault == "link":
-                        hosts.mend(len(hosts.names) - 1)
+                except (RuntimeError, StopIteration, subprocess.TimeoutExpired) as error:
+                    failed += 1
+                    print(f"FAILED {fault}: {error!r}", flush=True)
+                    continue
+                finally:
+                    hosts.mend(count - 1)
+                print(row, flush=True)
+                _append(output, row)
     finally:
         subprocess.run(["umount", "-l", str(scratch)], check=False)
         scratch.rmdir()
-    return 0
+    return failed
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Median (and largest) of each fault's times, in markdown."""
+    lines = [
+        "| fault | hosts | runs | detected after, s | first new step after, s | steps done again |",
+        "|" + "---|" * 6,
+    ]
+    for fault, hosts in sorted({(row["fault"], row["hosts"]) for row in rows}):
+        same = [row for row in rows if (row["fault"], row["hosts"]) == (fault, hosts)]
+        cells = []
+        for key in ("detected_seconds", "recovered_seconds", "steps_redone"):
+            values = [float(row[key]) for row in same]
+            cells.append(f"{statistics.median(values):.3g} ({max(values):.3g})")
+        lines.append(f"| {fault} | {hosts} | {len(same)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _append(output: str, row: Record) -> None:

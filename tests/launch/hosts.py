@@ -1,16 +1,18 @@
 """Several hosts on one machine: network namespaces with addresses of their own on one bridge.
 
     with Hosts(2) as hosts:
-        hosts.run("-m", "launch", *hosts.words(), …)       # the launcher, beside the bridge
+        hosts.start("-m", "launch", *hosts.words(), …)     # the launcher, beside the bridge
         hosts.cut(1)                                       # pull host 1's cable; `mend` puts it back
 
-Each host reaches the others and the launcher through its own veth. The file system and the processes are shared, as
-on a cluster with a parallel file system. Needs root and the right to make namespaces; `Hosts.available()` says so.
+Each host has its own name and reaches the others and the launcher through its own veth. The file system and the
+processes are shared, as on a cluster with a parallel file system. Needs root and the right to make namespaces;
+`Hosts.available()` says so.
 """
 
 import contextlib
 import itertools
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,7 +22,13 @@ from typing import Any, Self
 
 from tests.conftest import ROOT
 
+HUB_ADDRESS = "10.77.0.254"
+_ETC = Path("/etc/netns")
 _NUMBERS = itertools.count()
+# In place of ssh: a process of the host, which also sees the host's name as its own.
+_SHELL = """#!/bin/sh
+exec ip netns exec "$1" unshare --uts sh -c 'hostname "$0" && exec sh -c "$1"' "$1" "$2"
+"""
 
 
 class Hosts:
@@ -43,21 +51,27 @@ class Hosts:
 
     def __enter__(self) -> Self:
         shell = self.folder / "shell"
-        shell.write_text('#!/bin/sh\nexec ip netns exec "$1" sh -c "$2"\n')
+        shell.write_text(_SHELL)
         shell.chmod(shell.stat().st_mode | stat.S_IXUSR)
         (self.folder / "hostfile").write_text("".join(f"{name}\n" for name in self.names))
+        for name in (self.hub, *self.names):
+            # `ip netns exec` puts this over /etc, so that the hosts know one another by name.
+            (_ETC / name).mkdir(parents=True)
+            table = [f"{self.address(number)} {other}" for number, other in enumerate(self.names)]
+            lines = ["127.0.0.1 localhost", f"{HUB_ADDRESS} {self.hub}", *table]
+            (_ETC / name / "hosts").write_text("".join(f"{line}\n" for line in lines))
         try:
             _ip("netns", "add", self.hub)
             _ip("-n", self.hub, "link", "set", "lo", "up")
             _ip("-n", self.hub, "link", "add", "br0", "type", "bridge")
-            _ip("-n", self.hub, "addr", "add", "10.77.0.254/24", "dev", "br0")
+            _ip("-n", self.hub, "addr", "add", f"{HUB_ADDRESS}/24", "dev", "br0")
             _ip("-n", self.hub, "link", "set", "br0", "up")
             for number, name in enumerate(self.names):
                 _ip("netns", "add", name)
                 _ip("-n", name, "link", "set", "lo", "up")
                 _ip("-n", self.hub, "link", "add", f"port{number}", "type", "veth", "peer", "eth0", "netns", name)
                 _ip("-n", self.hub, "link", "set", f"port{number}", "master", "br0", "up")
-                _ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
+                _ip("-n", name, "addr", "add", f"{self.address(number)}/24", "dev", "eth0")
                 _ip("-n", name, "link", "set", "eth0", "up")
         except BaseException:
             self.__exit__()
@@ -68,6 +82,7 @@ class Hosts:
         for name in (*self.names, self.hub):
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 _ip("netns", "del", name)
+            shutil.rmtree(_ETC / name, ignore_errors=True)
         for file in self.folder.iterdir():
             file.unlink()
         self.folder.rmdir()
@@ -79,13 +94,25 @@ class Hosts:
             f"cluster.nodes={nodes or len(self.names)}",
             f"cluster.ssh.hostfile={self.folder / 'hostfile'}",
             f"cluster.ssh.command={self.folder / 'shell'}",
-            "cluster.supervisor_address=10.77.0.254",
+            f"cluster.supervisor_address={HUB_ADDRESS}",
         ]
 
     def start(self, *words: str, **options: Any) -> "subprocess.Popen[str]":
         """Python with these words in the hub, where all hosts can be reached."""
-        command = ["ip", "netns", "exec", self.hub, sys.executable, *words]
-        return subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **options)
+        return subprocess.Popen(
+            self.inside(self.hub, sys.executable, *words), cwd=ROOT, text=True, start_new_session=True, **options
+        )
+
+    @staticmethod
+    def inside(name: str, *command: str) -> list[str]:
+        """A command as a process of that host, which also sees the host's name as its own."""
+        shell = ["sh", "-c", 'hostname "$0" && exec "$@"', name, *command]
+        return ["ip", "netns", "exec", name, "unshare", "--uts", *shell]
+
+    @staticmethod
+    def address(number: int) -> str:
+        """A host's."""
+        return f"10.77.0.{number + 1}"
 
     def cut(self, number: int) -> None:
         """Pull a host's cable."""
