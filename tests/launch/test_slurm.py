@@ -34,13 +34,13 @@ def test_a_job_is_stopped_by_its_time_limit_queued_again_and_finishes(tmp_path, 
         out = slurm.run(sys.executable, "-m", "launch", *words)
         assert out.startswith("Submitted batch job 1: ")
         slurm.until(lambda: len(history(run_dir)) > 5, 200, "nothing is trained")
-        # From here on, so that a slow machine gets as far too: Slurm counts in minutes and tells up to one too early.
-        ran = slurm.run("squeue", "--noheader", "--format=%M")
-        slurm.run("scontrol", "update", "JobId=1", f"TimeLimit={int(ran.split(':')[0]) + 2}")
+        # From here on, so that a slow machine gets as far too. Slurm counts in minutes and signals up to one too early.
+        minutes, seconds = map(int, slurm.run("squeue", "--noheader", "--format=%M").split(":"))
+        slurm.run("scontrol", "update", "JobId=1", f"TimeLimit={minutes + 1 + (seconds > 30)}")
         slurm.until(lambda: "Restarts=1" in slurm.run("scontrol", "show", "job", "1"), 200, "it is not queued again")
         assert 5 < len(history(run_dir)) < STEPS
         slurm.run("scontrol", "update", "JobId=1", "TimeLimit=60")
-        slurm.wait(500)
+        slurm.wait(1000)
         job = slurm.run("scontrol", "show", "job", "1")
     log = (run_dir / "slurm-1.log").read_text()
     assert "JobState=COMPLETED" in job, log[-3000:]
