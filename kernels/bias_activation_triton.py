@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.bias_activation import GATED, KINDS, check
+from kernels.operation import operation
 from kernels.shared_triton import column_sums, multiprocessors
 
 GEGLU, SWIGLU, GELU, GELU_TANH = (tl.constexpr(i) for i in range(4))  # in the order of KINDS
@@ -107,7 +108,7 @@ BACKWARD_PROGRAMS = 16  # a multiprocessor
 BACKWARD_STAGES = 1
 
 
-@torch.library.custom_op("tiankong::bias_activation", mutates_args=())
+@operation("tiankong::bias_activation")
 def _forward(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     features = x.shape[-1] // (2 if KINDS[kind] in GATED else 1)
     rows = x.numel() // x.shape[-1]
@@ -120,12 +121,12 @@ def _forward(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return out
 
 
-@_forward.register_fake
+@_forward.fake
 def _(x, bias, kind):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // (2 if KINDS[kind] in GATED else 1))
 
 
-@torch.library.custom_op("tiankong::bias_activation_backward", mutates_args=())
+@operation("tiankong::bias_activation_backward")
 def _backward(dout: Tensor, x: Tensor, bias: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
     """dx, and the bias gradient in float32 (empty without a bias)."""
     width = x.shape[-1]
@@ -158,7 +159,7 @@ def _backward(dout: Tensor, x: Tensor, bias: Tensor | None, kind: int) -> tuple[
     return dx, column_sums(part)[0].clone() if has_bias else x.new_empty(0, dtype=torch.float32)
 
 
-@_backward.register_fake
+@_backward.fake
 def _(dout, x, bias, kind):
     return torch.empty_like(x), x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32)
 
@@ -174,7 +175,7 @@ def _derivative(ctx, dout):
     return dx, None if bias is None else dbias.to(bias.dtype), None
 
 
-_forward.register_autograd(_derivative, setup_context=_setup)
+_forward.differentiate(_derivative, _setup)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, *, kind: str) -> Tensor:

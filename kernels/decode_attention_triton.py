@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decode_attention import check
+from kernels.operation import operation
 from kernels.shared_triton import multiprocessors
 
 LOG2E = 1.4426950408889634
@@ -114,7 +115,7 @@ def shares_for(programs: int, slots: int, block: int, processors: int) -> int:
     return min(MOST_SHARES, triton.next_power_of_2(wanted), triton.next_power_of_2(triton.cdiv(slots, block)))
 
 
-@torch.library.custom_op("tiankong::decode_attention", mutates_args=("keys", "values"))
+@operation("tiankong::decode_attention", mutates=("keys", "values"))
 def _decode(
     q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, place: Tensor, attend_from: Tensor,
     attend_to: Tensor, scale: float,
@@ -146,7 +147,7 @@ def _decode(
     return out
 
 
-@_decode.register_fake
+@_decode.fake
 def _(q, key, value, keys, values, place, attend_from, attend_to, scale):
     return q.new_empty(q.shape)
 

@@ -24,6 +24,7 @@ from kernels.interval_attention_kernels import (
     _forward_kernel,
     _plan_kernel,
 )
+from kernels.operation import operation
 from kernels.random import Dropout, active
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -103,7 +104,7 @@ def _fits_descriptor(tensor: Tensor) -> bool:
     return tensor.stride(3) == 1 and whole and inside and steps and tensor.data_ptr() % 16 == 0
 
 
-@torch.library.custom_op("tiankong::interval_attention", mutates_args=())
+@operation("tiankong::interval_attention")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, attend_from: Tensor, attend_to: Tensor, samples: Tensor | None,
     scale: float, softcap: float, key: int, first_head: int, probability: float, want_max: bool,
@@ -126,7 +127,7 @@ def _forward(
     return out, lse, tops.amax(dim=(0, 2)) if want_max else tops.new_empty(0)
 
 
-@_forward.register_fake
+@_forward.fake
 def _(q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head, probability, want_max):
     return (
         q.new_empty(q.shape),
@@ -135,7 +136,7 @@ def _(q, k, v, attend_from, attend_to, samples, scale, softcap, key, first_head,
     )
 
 
-@torch.library.custom_op("tiankong::interval_attention_backward", mutates_args=("dq", "dk", "dv"))
+@operation("tiankong::interval_attention_backward", mutates=("dq", "dk", "dv"))
 def _backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
     attend_from: Tensor, attend_to: Tensor, samples: Tensor | None, out: Tensor, lse: Tensor,
@@ -178,7 +179,7 @@ def _backward(
     )  # fmt: skip
 
 
-@_backward.register_fake
+@_backward.fake
 def _(dq, dk, dv, *others):
     return None
 
@@ -205,7 +206,7 @@ def _derivative(ctx, dout, _lse, _tops):
     return dq, dk, dv, *(None,) * 9
 
 
-_forward.register_autograd(_derivative, setup_context=_setup)
+_forward.differentiate(_derivative, _setup)
 
 
 def interval_attention(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.operation import operation
 from kernels.quantised_matmul import check
 
 
@@ -102,7 +103,7 @@ TILE = (16, 64, 64, 4)  # rows of x, rows of the weight, packed columns, warps
 WIDE_TILE = (64, 64, 64, 4)  # for many rows of x
 
 
-@torch.library.custom_op("tiankong::quantised_matmul", mutates_args=())
+@operation("tiankong::quantised_matmul")
 def _matmul(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
     columns, n = x.shape[-1], packed.shape[0]
     m = x.numel() // columns
@@ -124,7 +125,7 @@ def _matmul(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
     return out
 
 
-@_matmul.register_fake
+@_matmul.fake
 def _(x, packed, scale, bits):
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.operation import operation
 from kernels.random import Dropout, active
 from kernels.residual_norm import check
 from kernels.residual_norm_kernels import backward_kernel, column_kernel, forward_kernel
@@ -53,7 +54,7 @@ def _options(
     }
 
 
-@torch.library.custom_op("tiankong::residual_norm", mutates_args=())
+@operation("tiankong::residual_norm")
 def _forward(
     x: Tensor, f: Tensor | None, bias: Tensor | None, weight: Tensor, norm_bias: Tensor | None,
     samples: Tensor | None, key: int, first_position: int, probability: float, alpha: float, eps: float,
@@ -77,7 +78,7 @@ def _forward(
     return out, sums, mean, rstd
 
 
-@_forward.register_fake
+@_forward.fake
 def _(x, f, bias, weight, norm_bias, samples, key, first_position, probability, alpha, eps, rms, want_sum):
     rows = x.numel() // x.shape[-1]
     stats = x.new_empty(rows, dtype=torch.float32)
@@ -89,7 +90,7 @@ def _(x, f, bias, weight, norm_bias, samples, key, first_position, probability, 
     )
 
 
-@torch.library.custom_op("tiankong::residual_norm_backward", mutates_args=())
+@operation("tiankong::residual_norm_backward")
 def _backward(
     dout: Tensor, dsums: Tensor | None, x: Tensor, f: Tensor | None, bias: Tensor | None, weight: Tensor,
     samples: Tensor | None, mean: Tensor, rstd: Tensor, key: int, first_position: int, probability: float,
@@ -126,7 +127,7 @@ def _backward(
     return dx, df, column_sums(part)
 
 
-@_backward.register_fake
+@_backward.fake
 def _(dout, dsums, x, f, bias, weight, samples, mean, rstd, key, first_position, probability, alpha, rms):
     return (
         torch.empty_like(x),
@@ -159,7 +160,7 @@ def _derivative(ctx, dout, dsums, _mean, _rstd):
     )
 
 
-_forward.register_autograd(_derivative, setup_context=_setup)
+_forward.differentiate(_derivative, _setup)
 
 
 def residual_norm(

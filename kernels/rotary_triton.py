@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.operation import operation
 from kernels.rotary import check
 from kernels.shared_triton import column_sums, multiprocessors
 
@@ -151,7 +152,7 @@ def _launch(
     return out, column_sums(part)[0].clone() if sums else x.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op("tiankong::rotary", mutates_args=())
+@operation("tiankong::rotary")
 def _forward(
     x: Tensor, bias: Tensor | None, positions: Tensor, period: int, passthrough: int, rotary_dim: int, axes: int,
     interleaved: bool, base: float, scale: float, fp16_angles: bool,
@@ -162,12 +163,12 @@ def _forward(
     )[0]  # fmt: skip
 
 
-@_forward.register_fake
+@_forward.fake
 def _(x, bias, positions, period, passthrough, rotary_dim, axes, interleaved, base, scale, fp16_angles):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("tiankong::rotary_backward", mutates_args=())
+@operation("tiankong::rotary_backward")
 def _backward(
     dout: Tensor, positions: Tensor, has_bias: bool, period: int, passthrough: int, rotary_dim: int, axes: int,
     interleaved: bool, base: float, scale: float, fp16_angles: bool,
@@ -179,7 +180,7 @@ def _backward(
     )  # fmt: skip
 
 
-@_backward.register_fake
+@_backward.fake
 def _(dout, positions, has_bias, period, passthrough, rotary_dim, axes, interleaved, base, scale, fp16_angles):
     width = dout.shape[2] * dout.shape[3] if has_bias else 0
     return torch.empty_like(dout), dout.new_empty(width, dtype=torch.float32)
@@ -197,7 +198,7 @@ def _derivative(ctx, dout):
     return dx, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), *(None,) * 9
 
 
-_forward.register_autograd(_derivative, setup_context=_setup)
+_forward.differentiate(_derivative, _setup)
 
 
 def rotary(

@@ -79,15 +79,13 @@ class _Captured:
         return self._out
 
     def _backward_pass(self) -> Tensor:
-        hidden: Any = self._state[0]
-        hidden.grad = None
-        self._out.backward(self._gradient)
-        with torch.no_grad():
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
-                    parameter.grad = None
-        gradient: Tensor = hidden.grad
+        # Not `backward`: nodes that add into a parameter's gradient may belong to the stream of an earlier pass.
+        wanted = (self._state[0], *self._parameters)
+        gradient, *others = torch.autograd.grad(self._out, wanted, self._gradient, allow_unused=True)
+        for parameter, other in zip(self._parameters, others, strict=True):
+            if other is not None:
+                parameter.main_grad.add_(other)  # type: ignore[attr-defined]
+        assert gradient is not None
         return gradient
 
 
