@@ -50,6 +50,7 @@ VALUE_KEYS = frozenset(
         "evaluation.tasks",
         "evaluations",
         "output",
+        "png",
         "run_dirs",
         "initialize_from",
         "tokenizer.path",

@@ -28,17 +28,20 @@ POISON = ["stability.stress.poison_samples=[103,115]", "stability.spike_window=1
 
 @pytest.mark.unit
 def test_the_detector_is_a_window_of_plain_statistics() -> None:
-    window, sigma = 20, 6.0
+    window, sigma = 64, 6.0
     ours = Detector(window, sigma)
     generator = random.Random(3)
     held: list[list[float]] = [[], []]
-    found = []
+    counted: list[list[float]] = [[], []]
+    found, lasting = [], []
     for step in range(120):
         loss, norm = 5 + generator.gauss(0, 0.1), math.exp(generator.gauss(0, 0.2))
         loss += 3.0 if step in (50, 51) else 0.0
         norm *= 50.0 if step == 80 else 1.0
+        # Each of these alone could be noise.
+        norm = math.exp(1.1) if step in (110, 111, 112) else norm
         loss = math.inf if step == 100 else loss
-        score = ours.see(*torch.tensor([loss, norm], dtype=torch.float64)).tolist()
+        score, three = ours.see(*torch.tensor([loss, norm], dtype=torch.float64)).tolist()
         for number, x in enumerate((loss, math.log(norm))):
             known = [value for value in held[number][-window:] if not math.isnan(value)]
             wanted, limit = 0.0, math.inf
@@ -47,13 +50,18 @@ def test_the_detector_is_a_window_of_plain_statistics() -> None:
                 wanted, limit = (x - mean) / deviation, mean + sigma * deviation
             assert score[number] == pytest.approx(wanted if math.isfinite(x) else math.inf, rel=1e-5, abs=1e-6)
             held[number].append(min(x, limit) if math.isfinite(x) else math.nan)
+            counted[number].append(min(wanted, sigma) if math.isfinite(x) else 0.0)
+            assert three[number] == pytest.approx(math.sqrt(3) * min([0, 0, *counted[number]][-3:]), rel=1e-5, abs=1e-6)
         if max(score) > sigma:
             found.append(step)
-        if step == 60:
+        elif max(three) > sigma:
+            lasting.append(step)
+        if step in (60, 111):
             again = Detector(window, sigma)
-            again.load(json.loads(json.dumps(ours.state())), step + 1)
+            again.load(json.loads(json.dumps(ours.state())))
             ours = again
     assert found == [50, 51, 80, 100]
+    assert lasting == [112]
 
 
 @pytest.mark.unit

@@ -10,6 +10,7 @@ import pytest
 from data_prep.errors import ConfigError
 from train.report import Run
 from train.stability.charts import chosen, telemetry_charts
+from train.stability.figure import PANELS, curve, over_seeds
 from train.stability.report import (
     StabilityReportConfig,
     main,
@@ -80,14 +81,43 @@ def test_runs_that_differ_in_the_seed_are_one_variant(tmp_path: Path) -> None:
     groups = variants([Run.read(run) for run in runs])
     assert list(groups) == [f"lr={lr}, name={name}" for name in ("none", "modern") for lr in (0.1, 0.01)]
     assert all(len(members) == 2 for members in groups.values())
-    page = tmp_path / "page.html"
-    assert main(StabilityReportConfig(run_dirs=[str(tmp_path / "*-*")], output=str(page), last_steps=20)) == 0
+    page, picture = tmp_path / "page.html", tmp_path / "page.png"
+    assert main(StabilityReportConfig([str(tmp_path / "*-*")], output=str(page), png=str(picture), last_steps=20)) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ConfigError, match="panels holds 'los'"):
+        main(StabilityReportConfig([str(tmp_path / "*-*")], output=str(page), png=str(picture), panels=["los"]))
     text = page.read_text()
     assert "8 runs, 4 variants" in text
     assert "2 of 2 (step 60, 60)" in text or "2 of 2 (step 61, 61)" in text
     assert "sensitivity 0.000" in text
     with pytest.raises(ConfigError, match="run_dirs"):
         main(StabilityReportConfig(run_dirs=[str(tmp_path / "nothing-*")], output=str(page)))
+
+
+def test_the_verdict_is_what_one_works_out_by_hand(tmp_path: Path) -> None:
+    ends = {("none", 1): 3.0, ("none", 2): 3.2, ("none", 3): 3.7, ("modern", 1): 2.0, ("modern", 2): 2.0}
+    for (name, seed), end in ends.items():
+        losses: list[float | None] = [*[6.0] * 80, *[end] * 20]
+        write_run(tmp_path / f"{name}-{seed}", config(name, 0.1, seed), losses)
+    write_run(tmp_path / "modern-3", config("modern", 0.1, 3), [*[6.0] * 90, *[None] * 10])
+    page = tmp_path / "page.html"
+    assert main(StabilityReportConfig([str(tmp_path / "*-*")], output=str(page), last_steps=20)) == 0
+    text = page.read_text()
+    # none: mean 3.3, deviation 0.36056, 4.30 · 0.36056 / √3 = 0.895.
+    assert ">3.300 ± 0.895<" in text
+    assert ">0 of 3<" in text
+    # modern: seed 3 ends in what is not finite: a spike in 10 of the 36 steps that can be judged, 0 in the others.
+    assert ">2.000 ± 0.000 (2 of 3 seeds)<" in text
+    assert ">9.26 %<" in text
+    assert "1 of 3 (step 90)" in text
+
+
+def test_a_curve_is_the_mean_of_ten_steps_over_the_seeds_that_are_left(tmp_path: Path) -> None:
+    first = Run.read(write_run(tmp_path / "a", config("none", 0.1, 1), [float(step) for step in range(1, 31)]))
+    second = Run.read(write_run(tmp_path / "b", config("none", 0.1, 2), [3.0] * 10 + [None] * 5))
+    curves = [curve(run, PANELS["loss"][1]) for run in (first, second)]
+    assert curves == [{10: 5.5, 20: 15.5, 30: 25.5}, {10: 3.0}]
+    assert over_seeds(curves) == [(10, 4.25, 3.0, 5.5), (20, 15.5, 15.5, 15.5), (30, 25.5, 25.5, 25.5)]
 
 
 def test_the_reports_charts_show_what_was_measured() -> None:

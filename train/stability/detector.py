@@ -2,12 +2,18 @@
 
 A window holds the losses and the logarithms of the gradient norms of the last `spike_window` steps. Step t is a spike
 if either is not finite, or lies more than `spike_sigma` deviations over the window's mean, once the window is half
-full. The logarithm, since gradient norms have a heavy upper tail. A value then enters the window, but no further up
-than the limit it was held against (what is not finite leaves a gap): a spike hardly widens the window that must find
-the next one, while a lasting new level is taken in within a few dozen steps.
+full. The logarithm, since gradient norms have a heavy upper tail. So is the third step in a row that lies more than
+`spike_sigma` / √3 (3.5) over it: noise does not last, and text that repeats itself raises the gradient norm by four to
+six deviations for as long as it goes on.
+
+A value then enters the window, but no further up than the limit it was held against (what is not finite leaves a gap):
+a spike hardly widens the window that must find the next one, while a lasting new level is taken in within a few dozen
+steps.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +21,8 @@ from torch import Tensor
 SIGNALS = ("loss", "grad_norm")
 SMALLEST_DEVIATION = 1e-3
 """A window of nearly equal values must not call rounding a spike: nats, or a thousandth of the gradient norm."""
+LASTING = 3
+"""Steps in a row that are a spike together."""
 
 
 class Detector:
@@ -23,10 +31,13 @@ class Detector:
     def __init__(self, window: int, sigma: float, device: torch.device | str = "cpu") -> None:
         self.sigma = sigma
         self.values = torch.full((len(SIGNALS), window), torch.nan, dtype=torch.float64, device=device)
+        self.recent = torch.zeros((len(SIGNALS), LASTING - 1), dtype=torch.float64, device=device)
+        """Deviations of the last steps, none above sigma; 0 for what was not finite."""
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def see(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Deviations over the window's mean, float64 [2]: loss, log of the gradient norm; inf for what is not finite.
+        """Deviations over the window's mean, float64 [2, 2]: of this step, and √3 times the smallest of the last three;
+        each of loss and log of the gradient norm. inf for what is not finite.
 
         loss, grad_norm: float64 scalars on the window's device. 0 while the window is less than half full.
         """
@@ -44,18 +55,25 @@ class Detector:
         entering = torch.where(x.isfinite(), torch.minimum(x, limit), torch.nan)
         self.values = torch.cat((self.values[:, 1:], entering[:, None]), 1)
         self.steps += 1
-        return score
+        counted = torch.where(x.isfinite(), score.clamp(max=self.sigma), 0.0)
+        lasting = torch.minimum(self.recent.amin(1), counted) * math.sqrt(LASTING)
+        self.recent = torch.cat((self.recent[:, 1:], counted[:, None]), 1)
+        return torch.stack((score, lasting))
 
-    def state(self) -> list[list[float | None]]:
-        """The window as JSON holds it, oldest first; waits for the device."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON holds it, oldest first; waits for the device."""
         rows: list[list[float]] = self.values.tolist()
-        return [[None if value != value else value for value in row] for row in rows]
+        window = [[None if value != value else value for value in row] for row in rows]
+        return {"window": window, "window_steps": int(self.steps), "recent": self.recent.tolist()}
 
-    def load(self, rows: Sequence[Sequence[float | None]], steps: int) -> None:
-        """Put back what `state` gave after so many steps; a window of another length keeps the newest values."""
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave; a window of another length keeps the newest values."""
+        rows: Sequence[Sequence[float | None]] = state["window"]
         window = self.values.shape[1]
         for target, row in zip(self.values, rows, strict=True):
             kept = [torch.nan if value is None else value for value in row][-window:]
             target.fill_(torch.nan)
             target[window - len(kept) :] = torch.tensor(kept, dtype=torch.float64)
-        self.steps.fill_(steps)
+        self.steps.fill_(state["window_steps"])
+        if "recent" in state:
+            self.recent.copy_(torch.tensor(state["recent"], dtype=torch.float64))

@@ -30,15 +30,18 @@ from train.stability.telemetry import Snapshot, fp16_shares, squares, update_squ
 class Measured:
     """What the guard saw in one step, the same on all ranks, on the device.
 
-    numbers: float64 [5], `FIELDS`. snapshot: telemetry of a measured step, None in the others.
+    numbers: float64 [7], `FIELDS`. snapshot: telemetry of a measured step, None in the others.
     """
 
     numbers: Tensor
     snapshot: Snapshot | None
 
 
-FIELDS = ("grad_norm", "embedding_grad_norm", "loss_score", "grad_norm_score", "left_out")
-"""Before the clip; the scores are the detector's; left_out is 1 where the update was skipped."""
+FIELDS = (
+    *("grad_norm", "embedding_grad_norm", "loss_score", "grad_norm_score", "loss_lasting", "grad_norm_lasting"),
+    "left_out",
+)
+"""Norms before the clip; the detector's scores of the step and of the last three; left_out: 1 where it was skipped."""
 
 
 class Guard:
@@ -118,13 +121,12 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; waits for the device."""
-        state = {"window": self.detector.state(), "window_steps": int(self.detector.steps)}
-        return state | ({} if self.clipping is None else {"clipping": self.clipping.state.tolist()})
+        return self.detector.state() | ({} if self.clipping is None else {"clipping": self.clipping.state.tolist()})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave; what a run did not keep starts anew."""
         if "window" in state:
-            self.detector.load(state["window"], state["window_steps"])
+            self.detector.load(state)
         saved = state.get("clipping")
         if self.clipping is not None and saved is not None and len(saved) == len(self.clipping.state):
             self.clipping.state.copy_(torch.tensor(saved, dtype=torch.float64))
@@ -144,14 +146,14 @@ class Guard:
     def _detect(self, loss: Tensor, norm: Tensor, inner: Any) -> Tensor:
         """Score the step; float64 scalar, 1 where its update is left out."""
         zero = torch.zeros_like(norm)
-        self._score = (zero, zero)
+        self._score = zero.expand(4)
         if not self.config.stability.reactions:
             return zero
         score = self.detector.see(loss, norm)
         if self.config.precision.dtype == "fp16" and self.config.precision.loss_scale == 0:
             # With a dynamic loss scale an overflow is how the scale finds its place.
             score = torch.where(norm.isfinite(), score, 0.0)
-        self._score = (score[0], score[1])
+        self._score = score.flatten()
         if not self.skips:
             return zero
         spike = (score > self.config.stability.spike_sigma).any()

@@ -6,6 +6,7 @@ a resumed run repeats them. A roll-back is the one act that a checkpoint cannot 
 was decided: it stands in events.jsonl, and a run that resumes from the checkpoint it went back to takes it from there.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from data_prep.errors import ConfigError
 from train.config import Config
 from train.engine import Engine, StepNumbers
 from train.fragments import set_adam_steps
+from train.stability.detector import LASTING, SIGNALS
 from train.stability.stress import lr_factor
 
 Act = dict[str, Any]
@@ -90,13 +92,13 @@ class Reactions:
         checkpoint_before is called by all ranks, for a roll-back only.
         """
         stability = self.config.stability
-        scores = {name: number.seen.get(f"{name}_score", 0.0) for name in ("loss", "grad_norm")}
-        over = [name for name, score in scores.items() if score > stability.spike_sigma]
+        seen_by = {name: [number.seen.get(f"{name}_{of}", 0.0) for of in ("score", "lasting")] for name in SIGNALS}
+        over = [name for name, scores in seen_by.items() if max(scores) > stability.spike_sigma]
         if not over or (self.last_spike and step - self.last_spike <= stability.cooldown_steps):
             return None
         self.last_spike = step
         values = {"loss": number.loss, "grad_norm": number.grad_norm}
-        seen = ", ".join(f"{name} {values[name]:.4g} is {scores[name]:.1f} deviations over its mean" for name in over)
+        seen = ", ".join(_seen(name, values[name], seen_by[name], stability.spike_sigma) for name in over)
         # The same step may spike again after a roll-back.
         name = f"spike-{step}-{len(self.roll_backs)}"
         acts = self._decide(step, consumed, name, checkpoint_before) if self._may_act() else []
@@ -173,6 +175,15 @@ class Reactions:
             acts.append({"action": "lower_shrink", "factor": stability.shrink_factor})
         acts += [{"action": word} for word in ("reset_loss_scale", "reset_optimizer") if word in words]
         return [{"id": f"{name}/{act['action']}", **base, **act} for act in acts]
+
+
+def _seen(name: str, value: float, scores: list[float], sigma: float) -> str:
+    """What the detector saw in a step. scores: the step's, and that of the steps in a row."""
+    score, lasting = scores
+    told = f"{name} {value:.4g} is {score:.1f} deviations over its mean"
+    if score > sigma:
+        return told
+    return f"{told}, the last {LASTING} steps all at least {lasting / math.sqrt(LASTING):.1f}"
 
 
 def _event(name: str, step: int, consumed: int, kind: str, seen: str, acts: list[Act]) -> Event:

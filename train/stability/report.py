@@ -1,6 +1,6 @@
 """Runs beside each other: curves, spike score, steps to divergence, sensitivity to the learning rate, a verdict table.
 
-    python -m train.stability.report run_dirs=[runs/a,runs/b] output=stability.html
+    python -m train.stability.report run_dirs=[runs/a,runs/b] output=stability.html png=stability.png
 
 Runs whose configs differ only in `seed` (and in what does not change the training) are one variant; a variant's numbers
 are means over its seeds with a 95 % interval (Student's t). Nothing but the run folders is read.
@@ -23,6 +23,7 @@ from train.observers import number
 from train.page import chart_grid, header, section, table_card, whole_page
 from train.report import Run
 from train.resume import FREE
+from train.stability.figure import png
 
 SPIKE_WINDOW, SPIKE_SIGMA = 128, 6.0
 T_95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
@@ -37,6 +38,10 @@ class StabilityReportConfig:
     """Run folders to compare; a pattern such as runs/egs/* stands for all folders it matches."""
     output: str = "stability.html"
     """The page that is written."""
+    png: str | None = None
+    """A PNG of the curves, written too; needs the extra `figures` (matplotlib)."""
+    panels: list[str] = field(default_factory=lambda: ["loss", "grad_norm", "embedding_grad_norm"])
+    """What the PNG shows, any of loss, grad_norm, embedding_grad_norm, max_logit."""
     last_steps: int = 50
     """Steps at the end whose mean loss is a run's final loss."""
 
@@ -196,7 +201,9 @@ def _verdict(outcomes: dict[str, list[Outcome]]) -> str:
             (
                 name,
                 str(len(found)),
-                number(mean, ".3f") + (f" ± {half:.3f}" if half is not None else ""),
+                number(mean, ".3f")
+                + (f" ± {half:.3f}" if half is not None else "")
+                + (f" ({len(losses)} of {len(found)} seeds)" if 0 < len(losses) < len(found) else ""),
                 f"{100 * statistics.fmean(one.spike_score for one in found):.2f} %",
                 f"{len(steps)} of {len(found)}" + (f" (step {', '.join(steps)})" if steps else ""),
                 f"{statistics.fmean(one.step_seconds for one in found) / base:.2f}",
@@ -226,9 +233,12 @@ def main(config: StabilityReportConfig) -> int:
     folders = [path for word in config.run_dirs for path in _matching(word)]
     if not folders:
         raise ConfigError("run_dirs names no run folder; give run_dirs=[runs/a,runs/b]")
-    target = Path(config.output)
-    write_bytes(target, page([Run.read(path) for path in folders], config.last_steps).encode())
-    print(f"{target}: {len(folders)} runs")
+    runs = [Run.read(path) for path in folders]
+    picture = png(variants(runs), config.panels) if config.png is not None else None
+    write_bytes(Path(config.output), page(runs, config.last_steps).encode())
+    if config.png is not None and picture is not None:
+        write_bytes(Path(config.png), picture)
+    print(f"{config.output}: {len(folders)} runs")
     return 0
 
 
