@@ -3,7 +3,7 @@
     python -m benchmarks.data_prep duplicates              # recall and precision on planted near-duplicates
     python -m benchmarks.data_prep languages lid.jsonl     # accuracy; lines {text, lang, set}
     python -m benchmarks.data_prep speed DATASET           # MB/s of each step on one core, with DATASET's tokenizer
-    python -m benchmarks.data_prep cost zh.jsonl en.jsonl 25 50 100 200    # whole preparations of so many MB
+    python -m benchmarks.data_prep cost DATASET zh.jsonl en.jsonl 25 50 100 200    # whole preparations of so many MB
     python -m benchmarks.data_prep start DATASET           # opening a dataset of 1 TB (sparse files)
 
 Times are of the processor, which a shared machine does not falsify.
@@ -182,8 +182,8 @@ def _seconds(step: Callable[[], object]) -> float:
     return time.process_time() - before
 
 
-def cost(zh: str, en: str, *megabytes: str) -> None:
-    """Whole preparations with `data=web` and two workers, a tokenizer trained among them: each stage's CPU, and memory.
+def cost(folder: str, zh: str, en: str, *megabytes: str) -> None:
+    """Whole preparations with `data=web`, two workers and the tokenizer of `folder`: each stage's CPU, and memory.
 
     Memory is what all processes hold together (pages that they share are counted in each).
     """
@@ -193,13 +193,13 @@ def cost(zh: str, en: str, *megabytes: str) -> None:
         with tempfile.TemporaryDirectory() as place:
             files = [(Path(path), Path(place) / f"{lang}.jsonl") for path, lang in ((zh, "zh"), (en, "en"))]
             size = sum(_head(source, target, wanted * 500_000) for source, target in files) / 1e6
-            folder = Path(place) / "out"
-            words = [f"data.sources=[{place}/zh.jsonl,{place}/en.jsonl]", f"data.path={folder}", "data=web"]
-            words += ["data.pipeline.workers=2", f"data.task_bytes={wanted * 125_000}"]
-            cpu, memory = _watched([sys.executable, "-m", "data_prep", *words], folder / ".work" / "logs")
-            manifest = Manifest.read(folder)
+            out = Path(place) / "out"
+            words = [f"data.sources=[{place}/zh.jsonl,{place}/en.jsonl]", f"data.path={out}", "data=web"]
+            words += [f"tokenizer.path={folder}", "tokenizer.threads=1", "data.pipeline.workers=2"]
+            cpu, memory = _watched([sys.executable, "-m", "data_prep", *words], out / ".work" / "logs")
+            manifest = Manifest.read(out)
             counts = manifest.counts("train").plus(manifest.counts("valid")).plus(manifest.counts("test"))
-            written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
             refused = sum(sum(reasons.values()) for reasons in manifest.rejected.values())
         stages = (f"{cpu[stage]:.0f} s, {memory[stage] / 2**20:.0f} MiB" for stage in STAGES)
         row = f"{size:.0f}", f"{counts.documents:,}", f"{refused:,}", f"{counts.tokens / 1e6:.1f}", *stages

@@ -58,7 +58,7 @@ def train_tokenizer(pieces_of_text: Iterable[str], config: TokenizerConfig) -> T
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=_drained(lines),
             model_writer=model,
             model_type="unigram",
             vocab_size=config.vocab_size,
@@ -83,6 +83,13 @@ def train_tokenizer(pieces_of_text: Iterable[str], config: TokenizerConfig) -> T
             f"cannot be trained on this text: {str(error).strip()}"
         ) from error
     return Tokenizer(model.getvalue())
+
+
+def _drained(lines: list[str]) -> Iterator[str]:
+    """The lines in their order, each let go when it is taken: SentencePiece keeps a copy."""
+    lines.reverse()
+    while lines:
+        yield lines.pop()
 
 
 def covered_characters(characters: Counter[str], config: TokenizerConfig) -> set[str]:

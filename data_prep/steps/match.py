@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.files import write_error
 from data_prep.signatures import similarity
 from data_prep.steps.clean import Step
 from data_prep.steps.work import Work, load
@@ -17,6 +18,8 @@ from data_prep.steps.work import Work, load
 DOCUMENTS_AT_ONCE = 8_000_000
 """Documents whose hashes are compared at a time: about 400 MB."""
 _PAIRS_AT_ONCE = 200_000
+PAIRS = "pairs"
+"""Name of a rank's file."""
 
 
 def ranks_of(work: Work) -> int:
@@ -25,18 +28,30 @@ def ranks_of(work: Work) -> int:
     return int(data.deduplicate) + (data.cleaning.bands if data.cleaning.near_duplicates else 0)
 
 
+def read_pairs(work: Work, at_once: int, exact: bool = False) -> Iterator[NDArray[np.uint64]]:
+    """The pairs of every rank, or of equal documents alone, uint64 [N, 2] of at most `at_once`."""
+    ranks = int(work.config.data.deduplicate) if exact else ranks_of(work)
+    for rank in range(ranks):
+        with open(work.path("match", rank) / PAIRS, "rb") as file:
+            while len(numbers := np.fromfile(file, np.uint64, 2 * at_once)):
+                yield numbers.reshape(-1, 2)
+
+
 class Match(Step):
-    """Writes `pairs.npy`, uint64 [pairs, 2]: documents as task · 2³² + number, the earlier one first."""
+    """Writes `pairs`, uint64 [pairs, 2] without a head: documents as task · 2³² + number, the earlier one first."""
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Ends the pipeline: yields nothing."""
         exact = rank == 0 and self.work.config.data.deduplicate
         name = "exact" if exact else f"band-{rank - int(self.work.config.data.deduplicate):03d}"
-        parts = [self._pairs(groups, exact) for groups in self._ranges(name)]
-        pairs = np.concatenate([np.zeros((0, 2), np.uint64), *parts])
-        self.stat_update("pairs", value=len(pairs), unit="pair")
-        with self.work.output("match", rank) as folder:
-            np.save(folder / "pairs.npy", pairs)
+        try:
+            with self.work.output("match", rank) as folder, open(folder / PAIRS, "wb") as file:
+                for candidates in self._ranges(name):
+                    pairs = self._pairs(candidates, exact)
+                    file.write(pairs.tobytes())
+                    self.stat_update("pairs", value=len(pairs), unit="pair")
+        except OSError as error:
+            raise write_error(error.filename or self.work.folder, error) from error
         yield from ()
 
     def _ranges(self, name: str) -> Iterator[NDArray[np.uint64]]:

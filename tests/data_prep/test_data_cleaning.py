@@ -23,8 +23,8 @@ from data_prep.quality import FIGURES, LIMITS, figures, limits_of, outside
 from data_prep.shingles import by_characters, by_words
 from data_prep.signatures import Signer, compact, similarity
 from data_prep.sources import BUNDLED
-from data_prep.steps import match
-from data_prep.steps.decide import groups
+from data_prep.steps import decide, match
+from data_prep.steps.decide import group
 
 pytestmark = pytest.mark.unit
 ZH = "春天来了，花园里的花都开了，蜜蜂在花丛中飞来飞去，孩子们在草地上放风筝，老人们坐在树下说话。"
@@ -188,7 +188,7 @@ def rejected(tmp_path: Path) -> list[dict[str, object]]:
 def test_near_duplicates_are_found_across_pieces_of_work(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every copy with 1 % of it changed points at the earlier document; hash ranges change nothing."""
+    """Every copy with 1 % of it changed points at the earlier document; in small parts as well."""
     some = [(text, lang) for lang in ("zh", "en") for text in texts(lang, 40) if len(text) > 1500][:40]
     copies = [(edited(text, 0.01, n, lang == "en"), lang) for n, (text, lang) in enumerate(some)]
     lines = [document(text, lang=lang, id=str(n)) for n, (text, lang) in enumerate(some + copies)]
@@ -200,6 +200,7 @@ def test_near_duplicates_are_found_across_pieces_of_work(
     for record in found:
         assert record["detail"] == f"of {tmp_path / 'one' / 'a.jsonl'}:{record['line']}"
     monkeypatch.setattr(match, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(decide, "AT_ONCE", 5)
     cleaned(tmp_path / "two", folder, lines, near_duplicates=True)
     assert [one["line"] for one in rejected(tmp_path / "two")] == [one["line"] for one in found]
     page = (tmp_path / "one" / "out" / "report.html").read_text(encoding="utf-8")
@@ -207,15 +208,17 @@ def test_near_duplicates_are_found_across_pieces_of_work(
     assert "<svg" in page
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40))
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40), st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
-def test_groups_are_the_connected_ones(pairs: list[tuple[int, int]]) -> None:
-    documents, first = groups(np.array(pairs, dtype=np.uint64).reshape(-1, 2))
-    label = {n: n for pair in pairs for n in pair}
+def test_groups_are_the_connected_ones(pairs: list[tuple[int, int]], at_once: int) -> None:
+    first = np.arange(31)
+    parts = [np.array(pairs[n : n + at_once]) for n in range(0, len(pairs), at_once)]
+    group(first, lambda: parts)
+    label = list(range(31))
     for _ in label:
         for a, b in pairs:
             label[a] = label[b] = min(label[a], label[b])
-    assert dict(zip(documents.tolist(), first.tolist(), strict=True)) == label
+    assert first.tolist() == label
 
 
 def test_every_cleaning_step_through_the_pipeline(tmp_path: Path, folder: Path) -> None:
