@@ -9,8 +9,8 @@ parameters (`benchmarks.telemetry`), beside which only a few warm-up steps run w
 of `stability_plan`, each a process with a core of its own. What does not fit the budget is not started, or cut off with
 its metrics kept.
 
-Writes summary.csv (a row as soon as a run ends), log.txt, telemetry.csv and runs.tar.gz: config, metrics, validation
-and events of every run, which `python -m train.stability.report` reads.
+Writes summary.csv (a row as soon as a run ends), log.txt, telemetry.csv, curves.csv (means of ten steps) and
+runs.tar.gz: config, metrics, validation and events of every run, which `python -m train.stability.report` reads.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from typing import IO, Any
 from benchmarks.stability_plan import Run, Size, plan, steps_of
 from data_prep.errors import DataError
 from train.report import Run as Folder
+from train.stability.figure import PANELS, curve
 from train.stability.report import outcome
 
 KEPT = ("config.yaml", "metrics.jsonl", "validation.jsonl", "events.jsonl", "environment.json")
@@ -216,13 +217,29 @@ class Bench:
         shutil.move(part, self.output / "runs.tar.gz")
 
     def close(self) -> None:
-        """End every process, write the archive, clean up."""
+        """End every process, write the archive and the curves, clean up."""
         for worker in (*self.busy, *self.ready):
             worker.stop()
         self.pack()
+        write_curves(self.scratch / "runs", self.output / "curves.csv")
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.say("done")
         self.log.close()
+
+
+def write_curves(runs: Path, target: Path) -> None:
+    """Means of ten steps of every run under `runs`, a line each."""
+    with target.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["run", "step", *PANELS])
+        for folder in sorted(path.parent for path in runs.glob("*/*/metrics.jsonl")):
+            run = whole(folder)
+            if run is None:
+                continue
+            curves = [curve(run, value) for _, value in PANELS.values()]
+            for step in sorted(set().union(*curves)):
+                values = [f"{one[step]:.5g}" if step in one else "" for one in curves]
+                table.writerow([folder.relative_to(runs), step, *values])
 
 
 def warm_ups(runs: Sequence[Run]) -> Iterator[Run]:
@@ -235,13 +252,19 @@ def warm_ups(runs: Sequence[Run]) -> Iterator[Run]:
             yield run
 
 
-def judged(folder: Path) -> dict[str, Any]:
-    """A run's numbers from its folder; empty where it never began."""
+def whole(folder: Path) -> Folder | None:
+    """A run with at least one step; None where it was cut off before."""
     try:
         found = Folder.read(folder)
     except DataError:
-        return {}
-    if not found.metrics:
+        return None
+    return found if found.metrics else None
+
+
+def judged(folder: Path) -> dict[str, Any]:
+    """A run's numbers from its folder; empty where it never began."""
+    found = whole(folder)
+    if found is None:
         return {}
     one = outcome(found, last_steps=50)
     loss = "" if one.final_loss is None else f"{one.final_loss:.4f}"

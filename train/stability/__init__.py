@@ -9,4 +9,5 @@ telemetry.py   norms of gradients, weights, updates and activations, read with t
 reactions.py   what is done about a spike, one step later; acts at given steps
 stress.py      faults planted on purpose
 report.py      python -m train.stability.report run_dirs=[…]: runs beside each other
+figure.py      its PNG
 """

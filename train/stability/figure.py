@@ -21,7 +21,8 @@ STYLES = ("-", "--", ":", "-.")
 
 def _max_logit(record: Record) -> float | None:
     logits = (record.get("telemetry") or {}).get("max_logit")
-    return max(logits.values()) if logits else None
+    # What is not finite is null in metrics.jsonl.
+    return max(math.inf if logit is None else logit for logit in logits.values()) if logits else None
 
 
 PANELS: dict[str, tuple[str, Callable[[Record], float | None]]] = {
