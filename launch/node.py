@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from data_prep.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE
+from launch import flight_recorder
 from launch.agent import Place, Steering, module_command, run_ranks, thread_count
 from launch.facts import facts, free_port, interface_of
 from launch.wire import Link, Message, connect, read_token
@@ -216,6 +217,8 @@ class _Attempt:
         files = {rank: stack_file(self._run_dir, rank) for rank in beating}
         self._stack_sizes = {rank: file.stat().st_size if file.exists() else 0 for rank, file in files.items()}
         self.steering.dump = beating
+        for rank in beating:
+            flight_recorder.ask(self._run_dir, rank)
         self._stacks_at = time.monotonic() + STACK_SECONDS
 
     def stacks_due(self) -> bool:
@@ -236,6 +239,7 @@ class _Attempt:
         """The job's variables; several nodes talk over the interface that reaches the supervisor, unless told."""
         found = interface_of(self._own_address) if self._order["place"]["nodes"] > 1 else None
         default = {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": found} if found else {}
+        default |= flight_recorder.variables(self._run_dir, self._order["flight_recorder"])
         return {**{name: value for name, value in default.items() if name not in os.environ}, **chosen}
 
 

@@ -261,6 +261,7 @@ class Supervisor:
             "processes": self._processes,
             "run_dir": str(self._run_dir),
             "command": command_line(),
+            "flight_recorder": self._cluster.flight_recorder,
             "environment": {**sockets, **self._cluster.environment},
             "silent_seconds": self._cluster.silent_seconds,
         }

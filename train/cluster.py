@@ -105,6 +105,8 @@ class ClusterConfig:
     """Port of the ranks' rendezvous on the first node; 0 takes a free one."""
     preflight: bool = False
     """Measure nodes and links before the first attempt, and leave out the bad ones."""
+    flight_recorder: int = 0
+    """Newest collectives that each rank keeps with NCCL, written to stacks/ when the job hangs; 0 keeps none."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of every rank, such as NCCL_IB_HCA."""
     ssh: SshConfig = field(default_factory=SshConfig)

@@ -1,12 +1,15 @@
 """Messages between nodes and supervisor, and which nodes may train."""
 
+import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_prep.errors import ConfigError
+from launch import flight_recorder
 from launch.admission import admit
 from launch.facts import facts, port_taken_by
 from launch.starters import read_hostfile
@@ -115,3 +118,21 @@ def test_a_wrong_hostfile_is_named(tmp_path, text, said):
 def test_a_hostfile_keeps_its_order(tmp_path):
     (tmp_path / "hosts").write_text("# two racks\nb slots=8\na # the other\n\n")
     assert read_hostfile(str(tmp_path / "hosts")) == ["b", "a"]
+
+
+def test_a_rank_is_asked_for_its_collectives_where_one_listens(tmp_path):
+    assert flight_recorder.variables(tmp_path, 0) == {}
+    told = flight_recorder.variables(tmp_path, 2000)
+    assert Path(told["TORCH_FR_DUMP_TEMP_FILE"]).parent == tmp_path / "stacks"
+    # As torch makes it.
+    pipe = Path(told["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] + "3.pipe")
+    flight_recorder.ask(tmp_path, 3)
+    os.mkfifo(pipe)
+    try:
+        flight_recorder.ask(tmp_path, 3)
+        listening = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        flight_recorder.ask(tmp_path, 3)
+        assert os.read(listening, 10)
+        os.close(listening)
+    finally:
+        pipe.unlink()
