@@ -40,7 +40,7 @@ JOB = [
     *(f"max_steps={STEPS}", f"saving.every_steps={SAVE_EVERY}", "logging.every_steps=1", "evaluation.every_steps=0"),
     *("logging.report=false", "logging.progress=false", "cluster.processes=1", "cluster.min_nodes=1"),
     *("cluster.max_restarts=3", f"cluster.silent_seconds={SILENT}", f"cluster.wait_seconds={WAIT}"),
-    "cluster.hang_seconds=60",
+    "cluster.hang_seconds=180",
 ]
 Record = dict[str, Any]
 
@@ -61,7 +61,7 @@ def run(hosts: Hosts, fault: str | None, run_dir: Path) -> Record | None:
         raise RuntimeError(f"{fault}: the job ended with {status}: {log.read_text()[-2000:]}")
     if planted is None:
         return None
-    events = read_log(run_dir / "events.jsonl")
+    events = [event for event in read_log(run_dir / "events.jsonl") if event["time"] >= planted]
     found = next(event for event in events if event["kind"] not in ("recovered", "straggler"))
     recovered = next(event for event in events if event["kind"] == "recovered")
     return {

@@ -24,9 +24,11 @@ from tests.conftest import ROOT
 
 HUB_ADDRESS = "10.77.0.254"
 _ETC = Path("/etc/netns")
+_CGROUP = Path("/sys/fs/cgroup/cpu")
 _NUMBERS = itertools.count()
 # In place of ssh: a process of the host, which also sees the host's name as its own.
 _SHELL = """#!/bin/sh
+[ ! -f {folder}/"$1" ] || . {folder}/"$1"
 exec ip netns exec "$1" unshare --uts sh -c 'hostname "$0" && exec sh -c "$1"' "$1" "$2"
 """
 
@@ -51,7 +53,7 @@ class Hosts:
 
     def __enter__(self) -> Self:
         shell = self.folder / "shell"
-        shell.write_text(_SHELL)
+        shell.write_text(_SHELL.format(folder=self.folder))
         shell.chmod(shell.stat().st_mode | stat.S_IXUSR)
         (self.folder / "hostfile").write_text("".join(f"{name}\n" for name in self.names))
         for name in (self.hub, *self.names):
@@ -83,6 +85,8 @@ class Hosts:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 _ip("netns", "del", name)
             shutil.rmtree(_ETC / name, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (_CGROUP / name).rmdir()
         for file in self.folder.iterdir():
             file.unlink()
         self.folder.rmdir()
@@ -114,6 +118,10 @@ class Hosts:
         """A host's."""
         return f"10.77.0.{number + 1}"
 
+    def prepare(self, number: int, script: str) -> None:
+        """Shell that runs before a host's agent, such as `export PATH=…`."""
+        (self.folder / self.names[number]).write_text(script)
+
     def cut(self, number: int) -> None:
         """Pull a host's cable."""
         _ip("-n", self.hub, "link", "set", f"port{number}", "down")
@@ -127,6 +135,20 @@ class Hosts:
         shape = ["tbf", "rate", f"{megabit}mbit", "burst", "32kbit", "latency", "400ms"]
         command = ["ip", "netns", "exec", self.names[number], "tc", "qdisc", "add", "dev", "eth0", "root", *shape]
         subprocess.run(command, check=True, capture_output=True)
+
+    def slow(self, number: int, share: float) -> None:
+        """Let the processes that run on a host have so much of one core from now on; needs `cgroups()`."""
+        folder = _CGROUP / self.names[number]
+        folder.mkdir()
+        (folder / "cpu.cfs_quota_us").write_text(str(int(100_000 * share)))
+        found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True, check=True)
+        for process in found.stdout.split():
+            (folder / "cgroup.procs").write_text(process)
+
+    @staticmethod
+    def cgroups() -> bool:
+        """Whether hosts can be made slow here."""
+        return (_CGROUP / "tasks").exists()
 
 
 def _ip(*words: str) -> None:
