@@ -132,6 +132,9 @@ class ParallelConfig:
     compare_replicas_every_steps: int = 100
     """Compare what several ranks hold alike, bit for bit, each so many steps: a difference ends the run and names the
     parameter and the ranks. 0 switches it off."""
+    offload_optimizer: bool = False
+    """Keep Adam's moments (8 bytes a parameter, of this rank's share) in host memory; each step moves them through the
+    device in pieces. Same numbers; needs zero_stage 1 or more."""
     reduce_bucket_elements: int = 500_000_000
     """Elements of a gradient-reduction bucket; smaller buckets use less memory."""
     allgather_bucket_elements: int = 500_000_000

@@ -211,6 +211,8 @@ class Engine:
 
     def fragments(self) -> Iterator[Fragment]:
         """The pieces of master weights and optimizer states that this rank owns; see `train.fragments`."""
+        if self.config.parallel.offload_optimizer:
+            self.synchronize()  # moments may be on their way to the host
         return local_fragments(self.deepspeed.optimizer, self.model, self.mesh, self.zero_stage)
 
     def synchronize(self) -> None:
@@ -252,7 +254,9 @@ class Engine:
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer:
         skips = "skip" in self.config.stability.reactions
-        return make_optimizer(model, self.config.optimizer, self.mesh, clips=self.zero_stage == 0, skips=skips)
+        offloads = self.config.parallel.offload_optimizer
+        clips = self.zero_stage == 0
+        return make_optimizer(model, self.config.optimizer, self.mesh, clips=clips, skips=skips, offloads=offloads)
 
     def _clear(self) -> None:
         for tensor in (*self._losses, self._sums, self.flags):

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.host_moments import MOMENTS, HostMomentsAdamW
 from train.mesh import Mesh
 from train.model.build import named_layouts
 from train.model.parameters import Layout
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ def _adam_state(inner: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]
     if "exp_avg" not in state:
         fused = bool(inner.defaults.get("fused"))
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+        make = inner.new_moment if isinstance(inner, HostMomentsAdamW) else torch.zeros_like
         for key in MOMENTS:
-            state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+            state[key] = make(flat)
     return state

@@ -26,6 +26,8 @@ from train.config import Config, ModelConfig
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 LOGITS_BYTES = 1200 * 2**20
 """fp32 logits that the fused head holds at a time, as in `kernels/linear_cross_entropy_triton.py`."""
+MOMENTS_PIECE = 1 << 25
+"""Elements whose moments pass through the device at a time (`train/host_moments.py`); two pieces are there."""
 LIVE_PARAMETERS = 1_000_000_000
 """Gathered parameters that ZeRO 3 keeps at most beyond a layer (DeepSpeed's stage3_max_live_parameters)."""
 
@@ -207,6 +209,8 @@ def _stage_memory(
         working += whole if recompute == "full" else whole - kept
     head = _head_bytes(config, size, target_share) if stage == stages - 1 else 0.0
     buffers = _bucket_bytes(config, held, size)
+    if parallel.offload_optimizer:
+        buffers += 2 * min(8 * MOMENTS_PIECE, state.adam)
     if stages > 1:
         meta = config.micro_batch_size * 8 * (4 * config.sequence_length + 1)
         # Each micro-batch in flight keeps what it received and what it sent; two gradients are on their way.
@@ -219,7 +223,7 @@ def _stage_memory(
         weights=state.weights,
         gradients=state.gradients,
         master=state.master,
-        adam=state.adam,
+        adam=0.0 if parallel.offload_optimizer else state.adam,
         activations=in_flight * activations,
         working=working,
         head=head,
@@ -295,6 +299,8 @@ def _remedy(config: Config, kind: str) -> str:
         return fewer
     if kind == "buffers":
         return "a smaller parallel.reduce_bucket_elements"
+    if kind == "adam" and parallel.zero_stage > 0:
+        return "parallel.offload_optimizer=true"
     # The ZeRO stage from which this kind is divided over the data-parallel ranks.
     stage = {"weights": 3, "gradients": 2}.get(kind, 1)
     if parallel.zero_stage >= stage:

@@ -60,7 +60,7 @@ def measured_use(engine: Engine, used: dict[str, int]) -> dict[str, int]:
     """Bytes by kind on this rank. used: what `backend.memory` found after a step."""
     parameters = sum(_bytes(parameter) for parameter in engine.model.parameters())
     optimizer = sum(
-        sum(tensor.nbytes for tensor in fragment.moments.values())
+        sum(moment.nbytes for moment in fragment.moments.values() if moment.device == fragment.master.device)
         # Without ZeRO the fp32 weights are their own masters.
         + (0 if fragment.master.data_ptr() == fragment.parameter.data_ptr() else fragment.master.nbytes)
         for fragment in engine.fragments()

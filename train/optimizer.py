@@ -8,18 +8,20 @@ from torch import Tensor, nn
 
 from data_prep.errors import ConfigError
 from train.config import OptimizerConfig
+from train.host_moments import HostMomentsAdamW
 from train.mesh import Mesh
 from train.model.build import named_layouts
 from train.model.parameters import layout_of
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, mesh: Mesh, *, clips: bool, skips: bool = False
+    model: nn.Module, config: OptimizerConfig, mesh: Mesh, *, clips: bool, skips: bool = False, offloads: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW in two groups: matrices decay; biases, norms and (by option) embeddings do not.
 
     clips: whether the optimizer measures and clips the gradient norm itself (ZeRO 0). skips: whether an update may be
-    left out on the device, which only the fused AdamW can. Raises ConfigError where the back end has none.
+    left out on the device, which only the fused AdamW can. offloads: keep the moments on the host (ZeRO 1 to 3).
+    Raises ConfigError where the back end has no fused AdamW.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -32,6 +34,7 @@ def make_optimizer(
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    adamw = HostMomentsAdamW if offloads else torch.optim.AdamW
     if skips:
         settings["fused"] = True
     try:
@@ -39,7 +42,7 @@ def make_optimizer(
             clip = config.clip if config.clip_kind == "global" else 0.0
             return ClippingAdamW(groups, clip=clip, mesh=mesh, **settings)
         if skips:
-            return torch.optim.AdamW(groups, **settings)
+            return adamw(groups, **settings)
     except RuntimeError as error:
         raise ConfigError(
             f"stability.reactions=[skip] needs torch's fused AdamW, which this device lacks ({error}); leave skip out"
@@ -47,8 +50,8 @@ def make_optimizer(
     if mesh.device.type != "cpu":
         # One kernel over all parameters where the back end has it.
         with contextlib.suppress(RuntimeError):
-            return torch.optim.AdamW(groups, fused=True, **settings)
-    return torch.optim.AdamW(groups, **settings)
+            return adamw(groups, fused=True, **settings)
+    return adamw(groups, **settings)
 
 
 class ClippingAdamW(torch.optim.AdamW):

@@ -164,6 +164,8 @@ def _parallel(config: Config) -> None:
         )
     if parallel.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"parallel.zero_stage={parallel.zero_stage}; use 0, 1, 2 or 3")
+    if parallel.offload_optimizer and parallel.zero_stage == 0:
+        raise ConfigError("parallel.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3")
     if parallel.zero_stage > 1 and parallel.pipeline_parallel > 1:
         raise ConfigError(
             f"parallel.zero_stage={parallel.zero_stage} needs one stage, but parallel.pipeline_parallel="

@@ -1,10 +1,14 @@
-"""Which parameters decay, and the optimizer that clips by itself."""
+"""Which parameters decay, the optimizer that clips by itself, and the one that keeps its moments on the host."""
+
+from typing import Any
 
 import pytest
 import torch
 
 from tests.train.parity import OVERRIDES, batch_of, noisy_vectors
+from train import host_moments
 from train.cli import compose_train
+from train.host_moments import HostMomentsAdamW
 from train.labels import Labels, inputs
 from train.mesh import Mesh
 from train.model.build import Model, named_layouts
@@ -52,3 +56,32 @@ def test_it_clips_as_torch_does(clip: float) -> None:
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, grad * factor, rtol=1e-6, atol=0)
     assert float(optimizer._global_grad_norm) == pytest.approx(float(norm))
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_moments_on_the_host_change_no_number(fused: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch's AdamW on the same gradients; each parameter in pieces, and one update left out on the device."""
+    monkeypatch.setattr(host_moments, "PIECE", 64)
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((3, 100), (64,), (5,))]
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "fused": fused}
+    optimizers, found = [], []
+    for kind in (torch.optim.AdamW, HostMomentsAdamW):
+        mine = [torch.nn.Parameter(value.clone()) for value in start]
+        groups = [{"params": mine[:1], "weight_decay": 0.1}, {"params": mine[1:], "weight_decay": 0.0}]
+        optimizers.append(kind(groups, **settings))
+        found.append(mine)
+    for step in range(5):
+        gradients = [torch.randn(value.shape, generator=generator) for value in start]
+        for optimizer, mine in zip(optimizers, found, strict=True):
+            for parameter, gradient in zip(mine, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            if fused:
+                optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(step == 3))
+            optimizer.step()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        states = [optimizer.state[own] for optimizer, own in zip(optimizers, (one, other), strict=True)]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(states[0][key], states[1][key])
+    assert int(states[0]["step"]) == (4 if fused else 5)

@@ -23,15 +23,16 @@ wrong, and each costs a layout with tensor parallelism dozens of messages."""
 TENSOR_2 = [TENSOR, TWICE]
 SHARES = [*TENSOR_2, "parallel.sequence_parallel=true"]
 RECOMPUTED = "parallel.activation_checkpointing=full"
+OFFLOADED = "parallel.offload_optimizer=true"
 LAYOUTS: dict[int, list[list[str]]] = {
-    1: [[*zero, TWICE] for zero in ZERO],
+    1: [[*ZERO[0], TWICE], *([*zero, TWICE, OFFLOADED] for zero in ZERO[1:])],
     2: [*ZERO, TENSOR_2, [*TENSOR_2, ZERO[0][0]], [PIPELINE], [PIPELINE, ZERO[0][0]]],
-    4: [[TENSOR, PIPELINE], [PIPELINE], [TENSOR], [TENSOR, ZERO[3][0]]],
+    4: [[TENSOR, PIPELINE], [PIPELINE], [TENSOR], [TENSOR, ZERO[3][0], OFFLOADED]],
 }
 """By number of ranks; data parallelism takes what tensor and pipeline leave."""
 WITH_DROPOUT: dict[int, list[list[str]]] = {
     1: [[RECOMPUTED, TWICE]],
-    2: [SHARES, [*SHARES, RECOMPUTED], [PIPELINE, RECOMPUTED]],
+    2: [SHARES, [*SHARES, RECOMPUTED], [PIPELINE, RECOMPUTED, OFFLOADED]],
     4: [
         ["parallel.tensor_parallel=4", TWICE],
         ["parallel.tensor_parallel=4", SHARES[-1], TWICE, RECOMPUTED],

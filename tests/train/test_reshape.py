@@ -20,7 +20,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tensor_2_pipeline_2": (4, ["parallel.tensor_parallel=2", "parallel.pipeline_parallel=2", "micro_batch_size=4"]),
     "data_4_zero_1": (4, ["parallel.zero_stage=1", "micro_batch_size=1"]),
     "tensor_4": (4, ["parallel.tensor_parallel=4", "micro_batch_size=4"]),
-    "data_2_zero_3": (2, ["parallel.zero_stage=3"]),
+    "data_2_zero_3": (2, ["parallel.zero_stage=3", "parallel.offload_optimizer=true"]),
 }
 """Ranks and overrides of each; all take two micro-batches a step."""
 PAIRS = list(itertools.permutations(LAYOUTS, 2))

@@ -34,7 +34,7 @@ from train.convert.mapping import layouts
 from train.convert.native import write_checkpoint
 from train.convert.registry import UNIVERSAL
 from train.convert.tensor_files import load_safely, save
-from train.fragments import MOMENTS
+from train.host_moments import MOMENTS
 from train.mesh import Mesh
 from train.model.build import DTYPES, Model
 from train.model.parameters import Layout, layout_of

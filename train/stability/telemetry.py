@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.fragments import MOMENTS, Fragment
+from train.fragments import Fragment
+from train.host_moments import MOMENTS
 from train.mesh import Mesh
 from train.model.probe import Probe
 from train.stability.groups import Tensors, group_of
@@ -80,7 +81,8 @@ def update_squares(fragments: Sequence[Fragment], inner: torch.optim.Optimizer) 
     steps = next(state["step"] for state in inner.state.values() if "step" in state).double().clamp(min=1.0)
     norms = []
     for one in fragments:
-        first, second = (one.moments[key] for key in MOMENTS)
+        # From the host where parallel.offload_optimizer keeps them there.
+        first, second = (one.moments[key].to(one.master.device, non_blocking=True) for key in MOMENTS)
         root = (second / (1.0 - beta2**steps).to(second.device, second.dtype)).sqrt_().add_(eps)
         norms.append(torch.linalg.vector_norm(first / root))
     return torch.stack(norms).double().mul(lr / (1.0 - beta1**steps).to(norms[0].device)).square()
