@@ -30,9 +30,18 @@ class Operation:
     def differentiate(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
         """Give it a gradient; both as `torch.autograd.Function` has them, with setup(ctx, inputs, output)."""
         self._op.register_autograd(backward, setup_context=setup)
-        methods = {"forward": self._function, "setup_context": setup, "backward": backward}
-        static = {name: staticmethod(method) for name, method in methods.items()}
-        self._function = type("Differentiable", (torch.autograd.Function,), static).apply  # type: ignore[attr-defined]
+        function = self._function
+
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *values: Any) -> Any:
+                # Not as two methods: PyTorch would look at the function's signature in each call.
+                output = function(*values)
+                setup(ctx, values, output)
+                return output
+
+        Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
+        self._function = Differentiable.apply
 
     def __call__(self, *values: Any) -> Any:
         """The function's result."""

@@ -198,7 +198,9 @@ def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[A
         # The fused kernels read parameters of several modules at once, so a layer is gathered as one.
         layer = PostNormLayer if model.context.post_norm else PreNormLayer
         set_z3_leaf_modules(model, [layer])
-    with quiet():
+    # DeepSpeed's bf16 optimizer keeps what it concatenates together with the autograd graph of that: each parameter
+    # would have one node for its gradient, tied to this stream for ever, and no other stream could be captured.
+    with quiet(), torch.set_grad_enabled(config.precision.dtype != "bf16" or config.parallel.zero_stage > 1):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer_for(model),
