@@ -77,8 +77,7 @@ class SentencePieces:
     def of(model: bytes, name: str) -> "SentencePieces":
         """The class that a model's pieces ask for. Raises DataError."""
         plain = SentencePieces(model, name)
-        ice = all(plain._has(piece) for piece in ("<n>", "<|tab|>", "<|blank_2|>"))
-        return IcePieces(model, name) if ice else plain
+        return IcePieces(_completed(plain._proto), name) if plain._has("<n>") else plain
 
     def encode(self, text: str, inside: bool = False) -> list[int]:
         """As `Pieces.encode`."""
@@ -153,7 +152,8 @@ class IcePieces(SentencePieces):
     """The text model of the ICE tokenizer (icetk, of GLM-130B and ChatGLM-6B): pieces of its own for white space.
 
     A line break is `<n>`, a tab `<|tab|>`, and 2 to 80 spaces are `<|blank_N|>`; a text that holds one of these
-    spellings comes back as the white space, as it does there.
+    spellings comes back as the white space, as it does there. icetk's own file has only `<n>`: GLM-130B's code puts the
+    special tokens behind its pieces, then tab and spaces, then the bytes. ChatGLM-6B's file holds all of them.
     """
 
     kind = "ice"
@@ -172,6 +172,11 @@ class IcePieces(SentencePieces):
         """As `Pieces.decode`."""
         return self._SPELT.sub(lambda found: _white(found.group()), super().decode(ids))
 
+    def known_specials(self) -> dict[str, int]:
+        """As `Pieces.known_specials`."""
+        named = [(key, self.control_id(name)) for key, names in _ICE_SPECIALS.items() for name in names]
+        return {key: token for key, token in named if token is not None}
+
     def surface(self, token: int) -> bytes:
         """As `Pieces.surface`."""
         spelt = self.spelling(token)
@@ -182,6 +187,39 @@ class IcePieces(SentencePieces):
 
 
 _ICE_SPACE = {"\n": "<n>", "\t": "<|tab|>"}
+_ICE_SPECIALS = {
+    "MASK": ["[MASK]"],
+    "gMASK": ["[gMASK]"],
+    "sMASK": ["[sMASK]"],
+    "eod": ["<eod>", "<unused_0>"],
+    "sop": ["<sop>"],
+    "eop": ["<eop>"],
+    "ENC": ["<ENC>"],
+    "dBLOCK": ["<dBLOCK>"],
+}
+"""How ICE models spell the special tokens, in the order of their ids; ChatGLM-6B's has no use for eod."""
+
+
+def _completed(found: sentencepiece_model_pb2.ModelProto) -> bytes:
+    """An ICE model with all the pieces that the code of GLM-130B adds to icetk's file, and no special token that text
+    can spell."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.CopyFrom(found)
+    kinds = proto.SentencePiece
+    known = {piece.piece: piece for piece in proto.pieces}
+    for names in _ICE_SPECIALS.values():
+        for name in names:
+            if name in known:
+                known[name].type = kinds.CONTROL
+    if "<|tab|>" not in known:
+        added = [(names[0], kinds.CONTROL) for names in _ICE_SPECIALS.values()]
+        added += [(name, kinds.USER_DEFINED) for name in ("<|tab|>", *(f"<|blank_{n}|>" for n in range(2, BLANKS + 1)))]
+        added += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+        proto.trainer_spec.byte_fallback = True
+        for name, kind in added:
+            if name not in known:
+                proto.pieces.add(piece=name, score=0.0, type=kind)
+    return proto.SerializeToString()
 
 
 def _white(spelt: str) -> str:

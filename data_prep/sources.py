@@ -339,7 +339,8 @@ def _document(
     for name in wanted:
         if not isinstance(fields.get(name), str):
             known = ", ".join(map(str, fields)) or "none"
-            return Rejected(file, number, "missing_text", f"no string in field '{name}'; fields are {known}")
+            record = _plain(json.dumps(fields, ensure_ascii=False, default=str))
+            return Rejected(file, number, "missing_text", f"no string in field '{name}'; fields are {known}", record)
     text = fields[source.text_field] if source.template is None else render(source.template, fields)
     lang = source.lang or fields.get(config.lang_field)
     licence = source.licence or fields.get("licence") or fields.get("license")

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from data_prep_helpers import document, small_config
+from sentencepiece import sentencepiece_model_pb2
 from tokenizer_files import SPECIAL, byte_level, ice_text_model, metaspace
 
 from data_prep.cli import run
@@ -133,6 +134,36 @@ def test_the_ice_text_model_gives_icetks_ids(files: dict[str, Path], texts: list
     assert not tokenizer.surfaces[19999]
     # Without the image tokens the pieces come first, as in a converted checkpoint.
     assert (np.array(Tokenizer.load(files["ice"]).encode(TEXTS[0])) + 20000).tolist() == tokenizer.encode(TEXTS[0])
+
+
+def test_icetks_own_file_is_completed_as_glm_130b_does_it(tmp_path: Path, texts: list[str]) -> None:
+    """Without tab, spaces and bytes: ids, specials and text are those of the published code, which adds them."""
+    path = ice_text_model(tmp_path / "ice_text.model", texts, complete=False)
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    first = 20000 + len(proto.pieces)
+    names = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+    for name in names:
+        proto.pieces.add(piece=name, score=0.0, type=4)
+    for name in ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]:
+        proto.pieces.add(piece=name, score=0.0, type=4)
+    proto.trainer_spec.byte_fallback = True
+    for byte in range(256):
+        proto.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=6)
+    upstream = proto.SerializeToString()
+    # ChatGLM-6B's file holds all of this.
+    (tmp_path / "chatglm.model").write_bytes(upstream)
+    for name in ("ice_text.model", "chatglm.model"):
+        tokenizer = Tokenizer.load(tmp_path / name, image_tokens=20000)
+        assert tokenizer.kind == "ice"
+        assert tokenizer.vocab_size == 20000 + len(proto.pieces)
+        assert list(tokenizer.special_ids.values()) == list(range(first, first + 8))
+        for text in [*TEXTS, " " * 173 + "x\n\n\t", "𠮷🙂", *texts[:3]]:
+            assert tokenizer.encode(text) == upstream_ice(upstream, text)
+        spelt = tokenizer.encode("[MASK] <sop>")
+        assert not tokenizer.no_text[spelt].any()
+        assert tokenizer.decode(tokenizer.encode("a\t\tb\n[gMASK]  c")) == "a\t\tb\n[gMASK]  c"
+        assert tokenizer.no_text[first : first + 8].all()
 
 
 @pytest.mark.parametrize(

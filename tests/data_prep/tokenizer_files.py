@@ -48,8 +48,8 @@ def metaspace(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-def ice_text_model(path: Path, texts: Sequence[str]) -> Path:
-    """A SentencePiece model in the layout of icetk's ice_text.model."""
+def ice_text_model(path: Path, texts: Sequence[str], complete: bool = True) -> Path:
+    """A SentencePiece model as icetk's ice_text.model; complete: with pieces for tabs, spaces and bytes in it."""
     model = io.BytesIO()
     lines = [line[:1000] for text in texts for line in text.splitlines() if line]
     sentencepiece.SentencePieceTrainer.train(
@@ -58,9 +58,9 @@ def ice_text_model(path: Path, texts: Sequence[str]) -> Path:
         vocab_size=3000,
         hard_vocab_limit=False,
         character_coverage=0.99,
-        byte_fallback=True,
+        byte_fallback=complete,
         pad_id=3,
-        user_defined_symbols=["<n>", "<|tab|>", *(f"<|blank_{length}|>" for length in range(2, 81))],
+        user_defined_symbols=["<n>", *(["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))] if complete else [])],
         minloglevel=3,
     )
     path.write_bytes(model.getvalue())

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep.errors import ConfigError
 from data_prep.tokenizer import SPECIALS, Tokenizer
+from tests.data_prep.tokenizer_files import ice_text_model
 from tests.train.convert_helpers import (
     CAUSAL,
     LLAMA,
@@ -28,6 +30,7 @@ from train.checkpoint.model import load_trained
 from train.checkpoint.select import damage, find
 from train.convert.mapping import Mapping, layouts
 from train.convert.registry import FORMATS
+from train.convert.tokenizers import write_tokenizer
 from train.convert.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.unit
@@ -167,6 +170,23 @@ def test_special_tokens_and_images_move_to_the_foreign_rows(tmp_path, tiny_datas
     assert torch.equal(there[20 : 20 + tokenizer.vocab_size], table[: tokenizer.vocab_size])
     assert json.loads((folder / "config.json").read_text())["bos_token_id"] == 20 + tokenizer.sop
     assert same(stored(convert(folder, tmp_path / "home", "chatglm_6b")), weights)
+
+
+def test_icetks_own_special_tokens_stay_among_its_pieces(tmp_path):
+    """Only the rows of images move; a format whose tokenizer files cannot say it is refused."""
+    tokenizer = Tokenizer.load(
+        ice_text_model(tmp_path / "ice_text.model", ["好的 " * 40, "it is " * 40, "天气很好，花开了。"], complete=False)
+    )
+    rows = tokenizer.vocab_size + 30
+    vocabulary = Vocabulary(tokenizer, rows, image_tokens=20)
+    native = vocabulary.native_rows().tolist()
+    assert sorted(native) == list(range(rows))
+    assert native[20 : 20 + tokenizer.vocab_size] == list(range(tokenizer.vocab_size))
+    assert vocabulary.foreign_id("MASK") == 20 + tokenizer.mask < 20 + tokenizer.pieces - 256
+    assert Vocabulary(tokenizer, rows).native_rows() is None
+    assert Vocabulary(tokenizer, rows).token_ids()["sop_token_id"] == tokenizer.sop
+    with pytest.raises(ConfigError, match=r"format=chatglm_6b: .*ice_text\.model is icetk's model .* use glm_130b"):
+        write_tokenizer(tmp_path, FORMATS["chatglm_6b"], vocabulary, config=None)
 
 
 def test_shards_and_their_index(tmp_path, tiny_dataset):

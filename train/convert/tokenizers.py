@@ -29,6 +29,11 @@ def write_tokenizer(folder: Path, found: Format, vocabulary: Vocabulary, config:
             f"format={found.name}: {tokenizer.name} cannot hold this format's special tokens and image_tokens; use "
             "huggingface, glm, llama or qwen2, or a SentencePiece tokenizer"
         )
+    if vocabulary.holds_specials and not found.ranked:
+        raise ConfigError(
+            f"format={found.name}: {tokenizer.name} is icetk's model with its special tokens among the pieces, which "
+            "this format's tokenizer files cannot say; use glm_130b"
+        )
     if tokenizer.kind != "json":
         write_bytes(folder / MODEL_FILE, tokenizer.model)
     if found.ranked:

@@ -20,7 +20,7 @@ class Vocabulary:
     """A tokenizer's ids beside a table of `rows` rows.
 
     image_tokens: rows in front of the pieces in the foreign table (icetk: 20000). specials: names in the foreign order;
-    they stand behind the foreign pieces.
+    they stand behind the foreign pieces, but in icetk's model among them.
     """
 
     tokenizer: Tokenizer
@@ -30,7 +30,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         expected = [self.tokenizer.pieces + place for place in range(len(SPECIALS))]
-        if [self.tokenizer.special_ids[name] for name in SPECIALS] != expected:
+        if not self.holds_specials and [self.tokenizer.special_ids[name] for name in SPECIALS] != expected:
             raise ConfigError(
                 f"{self.tokenizer.name}: some special tokens stand among its pieces, or image tokens before them "
                 "(tokenizer.specials, tokenizer.image_tokens); only tables with all of them behind the pieces convert"
@@ -44,6 +44,11 @@ class Vocabulary:
             )
 
     @property
+    def holds_specials(self) -> bool:
+        """Whether the special tokens are pieces of icetk's model, and so stand where the foreign table has them."""
+        return self.tokenizer.kind == "ice" and self.tokenizer.vocab_size == self.tokenizer.pieces
+
+    @property
     def order(self) -> list[str]:
         """All special tokens in the foreign order: names that it lacks follow, so that rows stay a permutation."""
         return [*self.specials, *(name for name in SPECIALS if name not in self.specials)]
@@ -51,6 +56,9 @@ class Vocabulary:
     def native_rows(self) -> Tensor | None:
         """int64 [rows]: the native row of each foreign one; None where the order is the same."""
         pieces, images = self.tokenizer.pieces, self.image_tokens
+        if self.holds_specials:
+            moved = [torch.arange(pieces, pieces + images), torch.arange(pieces)]
+            return torch.cat([*moved, torch.arange(pieces + images, self.rows)]) if images else None
         if not images and self.specials == SPECIALS:
             return None
         native = [torch.arange(pieces + len(SPECIALS), pieces + len(SPECIALS) + images), torch.arange(pieces)]
@@ -60,6 +68,8 @@ class Vocabulary:
 
     def foreign_id(self, special: str) -> int:
         """A special token's id in the foreign table."""
+        if self.holds_specials:
+            return self.image_tokens + self.tokenizer.special_ids[special]
         return self.image_tokens + self.tokenizer.pieces + self.order.index(special)
 
     def token_ids(self) -> dict[str, Any]:
