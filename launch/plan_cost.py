@@ -155,7 +155,7 @@ class CostModel:
         parts = ("recompute", "tensor", "send", "gather")
         known = {name: count * getattr(slowest, name) for name in parts}
         busy = count * slowest.total
-        held = max(stage_parameters(self.config.model, len(stages), self.config.parallel.tensor_parallel))
+        held = max(self._held())
         return StepSeconds(
             compute=busy - sum(known.values()),
             **known,
@@ -166,9 +166,9 @@ class CostModel:
 
     def volumes(self) -> Volumes:
         """What the busiest rank sends a step."""
-        config, parallel = self.config, self.config.parallel
-        layers = max(layers_per_stage(config.model.num_layers, parallel.pipeline_parallel))
-        held = max(stage_parameters(config.model, parallel.pipeline_parallel, parallel.tensor_parallel))
+        parallel = self.config.parallel
+        layers = max(self._layers())
+        held = max(self._held())
         # All-reduces a layer, or as much in gathers and scatters.
         passes = (
             4 + parallel.sequence_parallel + self._recomputed_sums() * recomputed_layers(parallel, 0, layers) / layers
@@ -181,14 +181,25 @@ class CostModel:
             data=self.micro_batches * per_micro_batch + self._reduce_bytes(held),
         )
 
+    def _layers(self) -> list[int]:
+        """Layers of each stage."""
+        parallel = self.config.parallel
+        return layers_per_stage(self.config.model.num_layers, parallel.pipeline_parallel, parallel.layers_per_stage)
+
+    def _held(self) -> list[int]:
+        """Parameters on one rank of each stage."""
+        parallel = self.config.parallel
+        sizes = parallel.pipeline_parallel, parallel.tensor_parallel
+        return stage_parameters(self.config.model, *sizes, parallel.layers_per_stage)
+
     def _stage(self, stage: int) -> StageSeconds:
         model, parallel = self.config.model, self.config.parallel
         stages = parallel.pipeline_parallel
-        layers = layers_per_stage(model.num_layers, stages)[stage]
+        layers = self._layers()[stage]
         forward, backward = (layers * self._layer_seconds(way) for way in ("forward", "backward"))
         tensor = self._tensor_seconds()
         tensor_forward, tensor_backward = 2 * layers * tensor, layers * self._tensor_backward_seconds(tensor)
-        first = sum(layers_per_stage(model.num_layers, stages)[:stage])
+        first = sum(self._layers()[:stage])
         recomputed = recomputed_layers(parallel, first, layers)
         recompute = recomputed * self._recompute_seconds()
         tensor_backward += self._recomputed_sums() * recomputed * tensor
@@ -201,7 +212,7 @@ class CostModel:
             rows = self.tokens * self.shares.targets
             forward += 6 * rows * table / (self.product * HEAD)  # the fused head makes its gradients on the way
             tensor_backward += tensor * self.shares.targets * 2
-        held = stage_parameters(model, stages, parallel.tensor_parallel)[stage]
+        held = self._held()[stage]
         backward += self._accumulate_bytes(held) / self.copy
         send = 0.0
         if stages > 1:

@@ -155,11 +155,13 @@ def _variants(config: Config, layout: Layout) -> Iterator[Config]:
     sequence_shares = (False, True) if tensor > 1 else (False,)
     recomputes = CHOICES["parallel.activation_checkpointing"]
     every = config.parallel.activation_checkpointing_every_layers
+    cut = config.parallel.layers_per_stage if pipeline == config.parallel.pipeline_parallel else []
     for zero, sequence, recompute in itertools.product(zero_stages, sequence_shares, recomputes):
         parallel = replace(
             config.parallel,
             tensor_parallel=tensor,
             pipeline_parallel=pipeline,
+            layers_per_stage=cut,
             zero_stage=zero,
             sequence_parallel=sequence,
             activation_checkpointing=recompute,

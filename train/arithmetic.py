@@ -13,6 +13,7 @@ Legend: H hidden_size, D head_dim, F ffn_hidden_size, V padded_vocab_size, L num
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.config import ModelConfig, ParallelConfig
@@ -156,21 +157,29 @@ def _attention_flops(model: ModelConfig, sequence_length: float) -> float:
     return 12.0 * model.num_layers * model.num_heads * head_dim(model) * sequence_length
 
 
-def stage_parameters(model: ModelConfig, pipeline_parallel: int, tensor_parallel: int) -> list[int]:
-    """Parameters on one rank of each pipeline stage. The last stage keeps its own copy of a tied embedding."""
+def stage_parameters(
+    model: ModelConfig, pipeline_parallel: int, tensor_parallel: int, cut: Sequence[int] = ()
+) -> list[int]:
+    """Parameters on one rank of each pipeline stage. The last stage keeps its own copy of a tied embedding.
+
+    cut: parallel.layers_per_stage.
+    """
     layer = layer_parameters(model, tensor_parallel).total
-    held = [count * layer for count in layers_per_stage(model.num_layers, pipeline_parallel)]
+    held = [count * layer for count in layers_per_stage(model.num_layers, pipeline_parallel, cut)]
     held[0] += embedding_parameters(model, tensor_parallel).total
     own_matrix = pipeline_parallel > 1 or not model.tied_embeddings
     held[-1] += head_parameters(model, tensor_parallel, own_matrix=own_matrix).total
     return held
 
 
-def layers_per_stage(num_layers: int, stages: int) -> list[int]:
-    """Layers of each pipeline stage, where the embedding and the head fill a layer's slot each.
+def layers_per_stage(num_layers: int, stages: int, cut: Sequence[int] = ()) -> list[int]:
+    """Layers of each pipeline stage: `cut` (parallel.layers_per_stage) where it is given, else by slots.
 
+    By slots the embedding and the head count as a layer each.
     GLM-130B: 70 layers in 8 stages give 8, 9, 9, 9, 9, 9, 9, 8. Slots left over go to the middle, then to the first.
     """
+    if cut:
+        return list(cut)
     slots = [(num_layers + 2) // stages] * stages
     middle_first = sorted(range(stages), key=lambda stage: (stage in (0, stages - 1), stage))
     for stage in middle_first[: (num_layers + 2) % stages]:

@@ -119,6 +119,9 @@ class ParallelConfig:
     """Ranks that share each layer's matrices."""
     pipeline_parallel: int = 1
     """Stages that share the list of layers; more than one means 1F1B and zero_stage <= 1."""
+    layers_per_stage: list[int] = field(default_factory=list)
+    """Layers of each pipeline stage, as `python -m train.balance` measures them; empty means that the embedding and the
+    head fill a layer's slot each."""
     sequence_parallel: bool = False
     """Give each tensor-parallel rank a share of the sequence between the matrix products: less memory for activations,
     the same traffic. sequence_length must divide by tensor_parallel."""

@@ -188,11 +188,12 @@ def _stage_memory(
     model, parallel, dtype = config.model, config.parallel, config.precision.dtype
     tensor, stages = parallel.tensor_parallel, parallel.pipeline_parallel
     size, tokens = WEIGHT_BYTES[dtype], config.micro_batch_size * config.sequence_length
-    held = stage_parameters(model, stages, tensor)[stage]
+    cut = parallel.layers_per_stage
+    held = stage_parameters(model, stages, tensor, cut)[stage]
     state = state_bytes(held, dtype, parallel.zero_stage, data_parallel)
-    layers = layers_per_stage(model.num_layers, stages)[stage]
+    layers = layers_per_stage(model.num_layers, stages, cut)[stage]
     recompute = parallel.activation_checkpointing
-    first = sum(layers_per_stage(model.num_layers, stages)[:stage])
+    first = sum(layers_per_stage(model.num_layers, stages, cut)[:stage])
     recomputed = recomputed_layers(parallel, first, layers)
     whole, kept = layer_saved_bytes(config, "none"), layer_saved_bytes(config, recompute)
     in_flight = max(1.0, min(float(stages - stage), micro_batches))

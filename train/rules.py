@@ -156,6 +156,12 @@ def _parallel(config: Config) -> None:
             f"parallel.pipeline_parallel={parallel.pipeline_parallel} leaves a stage without a layer of "
             f"model.num_layers={model.num_layers}; use at most {(model.num_layers + 2) // 2}"
         )
+    cut, stages = parallel.layers_per_stage, parallel.pipeline_parallel
+    if cut and (len(cut) != stages or min(cut) < 1 or sum(cut) != model.num_layers):
+        raise ConfigError(
+            f"parallel.layers_per_stage={cut} must share model.num_layers={model.num_layers} out over "
+            f"parallel.pipeline_parallel={stages} stages, one layer or more to each; or leave it empty"
+        )
     if config.evaluation.tasks and (parallel.pipeline_parallel > 1 or parallel.zero_stage == 3):
         raise ConfigError(
             f"evaluation.tasks needs the whole model in each replica, but parallel.pipeline_parallel="

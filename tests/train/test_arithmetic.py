@@ -147,7 +147,8 @@ def test_recomputed_parts_count_once_more():
     assert again("ffn") == 70 * 2 * 3 * 12288 * 32768
     assert again("attention") + again("ffn") == pytest.approx(again("full"))
     assert again("full", 3) / again("full") == pytest.approx(24 / 70)
-    assert [recomputed_layers(ParallelConfig(1, 1, False, 1, "ffn", 3), first, 4) for first in range(4)] == [2, 1, 1, 2]
+    every_third = ParallelConfig(activation_checkpointing="ffn", activation_checkpointing_every_layers=3)
+    assert [recomputed_layers(every_third, first, 4) for first in range(4)] == [2, 1, 1, 2]
 
 
 def test_attended_pairs_alone_count_less():

@@ -215,6 +215,8 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("model.padded_vocab_size", {"parallel__tensor_parallel": 4, "model__padded_vocab_size": 8066}, None),
     ("parallel.pipeline_parallel", {"parallel__pipeline_parallel": 7}, None),
     ("parallel.zero_stage", {"parallel__zero_stage": 4}, None),
+    ("parallel.layers_per_stage", {"parallel__layers_per_stage": [1, 2]}, None),
+    ("parallel.layers_per_stage", {"parallel__pipeline_parallel": 2, "parallel__layers_per_stage": [4, 1]}, None),
     ("parallel.offload_optimizer", {"parallel__zero_stage": 0, "parallel__offload_optimizer": True}, None),
     ("parallel.zero_stage", {"parallel__zero_stage": 2, "parallel__pipeline_parallel": 2}, None),
     ("sequence_length", {"sequence_length": 8}, None),

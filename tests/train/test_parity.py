@@ -24,6 +24,7 @@ TENSOR_2 = [TENSOR, TWICE]
 SHARES = [*TENSOR_2, "parallel.sequence_parallel=true"]
 RECOMPUTED = "parallel.activation_checkpointing=full"
 OFFLOADED = "parallel.offload_optimizer=true"
+UNEVEN = "parallel.layers_per_stage=[3,1]"
 LAYOUTS: dict[int, list[list[str]]] = {
     1: [[*ZERO[0], TWICE], *([*zero, TWICE, OFFLOADED] for zero in ZERO[1:])],
     2: [*ZERO, TENSOR_2, [*TENSOR_2, ZERO[0][0]], [PIPELINE], [PIPELINE, ZERO[0][0]]],
@@ -32,7 +33,7 @@ LAYOUTS: dict[int, list[list[str]]] = {
 """By number of ranks; data parallelism takes what tensor and pipeline leave."""
 WITH_DROPOUT: dict[int, list[list[str]]] = {
     1: [[RECOMPUTED, TWICE]],
-    2: [SHARES, [*SHARES, RECOMPUTED], [PIPELINE, RECOMPUTED, OFFLOADED]],
+    2: [SHARES, [*SHARES, RECOMPUTED], [PIPELINE, RECOMPUTED, OFFLOADED, UNEVEN]],
     4: [
         ["parallel.tensor_parallel=4", TWICE],
         ["parallel.tensor_parallel=4", SHARES[-1], TWICE, RECOMPUTED],

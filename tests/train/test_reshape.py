@@ -17,7 +17,15 @@ pytestmark = pytest.mark.distributed
 BEFORE, AFTER, TOLERANCE = 4, 20, 1e-5
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "tensor_2_pipeline_2": (4, ["parallel.tensor_parallel=2", "parallel.pipeline_parallel=2", "micro_batch_size=4"]),
+    "tensor_2_pipeline_2": (
+        4,
+        [
+            "parallel.tensor_parallel=2",
+            "parallel.pipeline_parallel=2",
+            "parallel.layers_per_stage=[1,3]",
+            "micro_batch_size=4",
+        ],
+    ),
     "data_4_zero_1": (4, ["parallel.zero_stage=1", "micro_batch_size=1"]),
     "tensor_4": (4, ["parallel.tensor_parallel=4", "micro_batch_size=4"]),
     "data_2_zero_3": (2, ["parallel.zero_stage=3", "parallel.offload_optimizer=true"]),

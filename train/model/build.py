@@ -1,7 +1,7 @@
 """The list of layers, which part of it a stage holds, and the choice of kernels."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """`precision.dtype` as torch has it."""
 
 
-def stage_bounds(num_layers: int, stages: int) -> list[int]:
-    """Where each stage starts in the list [embedding, layers…, head], and the list's end."""
-    sizes = layers_per_stage(num_layers, stages)
+def stage_bounds(num_layers: int, stages: int, cut: Sequence[int] = ()) -> list[int]:
+    """Where each stage starts in the list [embedding, layers…, head], and the list's end.
+
+    cut: parallel.layers_per_stage.
+    """
+    sizes = layers_per_stage(num_layers, stages, cut)
     sizes[0] += 1
     sizes[-1] += 1
     return [0, *itertools.accumulate(sizes)]
@@ -91,7 +94,7 @@ class Model(nn.Module):
             sequence_parallel=config.parallel.sequence_parallel and mesh.tensor > 1,
             starts_with_enc=config.data.sampling.starts_with_enc,
         )
-        bounds = stage_bounds(config.model.num_layers, mesh.pipeline)
+        bounds = stage_bounds(config.model.num_layers, mesh.pipeline, config.parallel.layers_per_stage)
         self.start, self.stop = bounds[mesh.stage], bounds[mesh.stage + 1]
         self.embedding: Embedding | None = None
         self.head: Head | None = None
