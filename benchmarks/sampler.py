@@ -1,6 +1,6 @@
 """Benchmark of the sampler: tokens a second on one core, and the stated laws on 100,000 samples of each kind.
 
-    python benchmarks/sampler.py data.path=data/sample        # writes benchmarks/sampler.md
+    python -m benchmarks.sampler data.path=data/sample    # writes benchmarks/sampler.md
 
 Nothing is written unless every check holds: no speed is quoted for wrong samples.
 """
@@ -130,7 +130,7 @@ def report(
     rows = sorted([*speeds, *loaders], key=lambda row: int(row[0]))
     return f"""# The sampler, measured
 
-`python benchmarks/sampler.py data.path=data/sample` on {processor()} (one core of {os.cpu_count()}),
+`python -m benchmarks.sampler data.path=data/sample` on {processor()} (one core of {os.cpu_count()}),
 Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}.
 
 ## The laws, on {samples:,} samples of each kind (256 slots)

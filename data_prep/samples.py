@@ -22,7 +22,7 @@ from data_prep.dataset import AnyStream, Dataset
 from data_prep.errors import ConfigError, DataError
 from data_prep.instructions import Example, InstructionStream
 from data_prep.mixture import Course
-from data_prep.order import DataPlan, Permutation, Schedule, mix
+from data_prep.order import DataPlan, Draws, Permutation, Schedule, mix
 from data_prep.packing import PackedStream, PackPlan
 from data_prep.spans import MILLION, SMALLEST_SEGMENT, SpanLaw, Spans, draw_sentences, sentences
 
@@ -52,7 +52,7 @@ class _Segment:
 
 
 class Sampler:
-    """Samples of one split. Immutable; safe to fork and to pickle."""
+    """Samples of one split, the same whatever was asked before; safe to fork and to pickle, not for several threads."""
 
     def __init__(
         self,
@@ -110,6 +110,7 @@ class Sampler:
         ]
         self.course = Course(self.streams, config, seed, self.plan) if split == "train" else None
         self._row_order: dict[tuple[int, int], Permutation] = {}
+        self._draws, self._key = Draws(), mix(seed, 1)
         self._targets_a_sample = self.expected_targets if weighting == "token" else 0.0
 
     @property
@@ -152,7 +153,7 @@ class Sampler:
         address = self.address(index)
         if isinstance(address.stream, InstructionStream):
             return self.instructions(address.stream.examples(address.row), address.stream.info.lang, index)
-        generator = np.random.Generator(np.random.Philox(key=mix(self.seed, 1) << 64 | mix(index)))
+        generator = self._draws.at(self._key, mix(index))
         lang = address.stream.info.lang
         if isinstance(address.stream, PackedStream):
             pieces = address.stream.read_pieces(address.row)

@@ -52,6 +52,7 @@ class SpanLaw:
         self.ratio = round(config.mask_ratio * MILLION)
         """Millionths of the text to hide; whole numbers keep the stopping rule exact."""
         self._laws: dict[int, NDArray[np.float64]] = {}
+        self._parts: dict[int, NDArray[np.int64]] = {}
 
     def longest(self, slots: int) -> int:
         """Longest span in a segment: max_span_tokens, or a quarter of a small segment."""
@@ -65,10 +66,8 @@ class SpanLaw:
 
     def budgets(self, generator: np.random.Generator, slots: int) -> NDArray[np.int64]:
         """Slots of each MASK segment of a sequence: equal parts that add up to `slots`, now and then one cut in two."""
-        parts = max(1, min(self.config.mask_segments, slots // SMALLEST_SEGMENT))
-        edges = np.arange(parts + 1) * slots // parts
-        budgets = np.diff(edges)
-        cut = generator.random(parts) < self.config.short_text_probability
+        budgets = self._equal_parts(slots)
+        cut = generator.random(len(budgets)) < self.config.short_text_probability
         if not cut.any():
             return budgets
         result: list[int] = []
@@ -79,6 +78,13 @@ class SpanLaw:
             else:
                 result.append(budget)
         return np.array(result)
+
+    def _equal_parts(self, slots: int) -> NDArray[np.int64]:
+        """Slots of each segment of a sequence that is not cut further; not to be written to."""
+        if slots not in self._parts:
+            parts = max(1, min(self.config.mask_segments, slots // SMALLEST_SEGMENT))
+            self._parts[slots] = np.diff(np.arange(parts + 1) * slots // parts)
+        return self._parts[slots]
 
     def draw_lengths(
         self, generator: np.random.Generator, slots: NDArray[np.int64], most_text: int | None = None
@@ -209,18 +215,16 @@ class SpanLaw:
 
     def expected_segments(self, slots: int) -> float:
         """MASK segments expected in a whole sequence, cuts included."""
-        parts = max(1, min(self.config.mask_segments, slots // SMALLEST_SEGMENT))
-        budgets = np.diff(np.arange(parts + 1) * slots // parts)
-        return parts + self.config.short_text_probability * int((budgets >= 2 * _SHORTEST_CUT).sum())
+        budgets = self._equal_parts(slots)
+        return len(budgets) + self.config.short_text_probability * int((budgets >= 2 * _SHORTEST_CUT).sum())
 
     def expected_sequence(self, slots: int, opening: int = 0) -> tuple[float, float]:
         """(spans, hidden tokens) expected in a whole sequence of MASK segments, cuts included.
 
         opening: slots of each segment that hold no text.
         """
-        parts = max(1, min(self.config.mask_segments, slots // SMALLEST_SEGMENT))
         spans = hidden = 0.0
-        for budget in np.diff(np.arange(parts + 1) * slots // parts).tolist():
+        for budget in self._equal_parts(slots).tolist():
             cut = self.config.short_text_probability if budget >= 2 * _SHORTEST_CUT else 0.0
             whole = self.expected(budget - opening)
             spans += (1 - cut) * whole[0]

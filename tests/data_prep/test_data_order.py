@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import ConfigError
-from data_prep.order import DataPlan, Permutation, Schedule, mixture_plan, quotas
+from data_prep.order import DataPlan, Draws, Permutation, Schedule, mixture_plan, quotas
 
 pytestmark = pytest.mark.unit
 
@@ -118,3 +118,13 @@ def test_a_mixture_changed_on_resume_holds_from_there_on() -> None:
     assert skipping.with_mixture(changed, 95).to_list()[-1] == {"from_sample": 95, "weights": {"a": 2.0}}
     with pytest.raises(ConfigError, match=r"data\.mixture=.* must be a list"):
         mixture_plan([{"from_sample": 0, "skip": [1, 2]}])
+
+
+def test_draws_are_those_of_a_new_generator_and_begin_anew() -> None:
+    draws = Draws()
+    for high, low in ((3, 4), (2**64 - 1, 7), (3, 4)):
+        expected = np.random.Generator(np.random.Philox(key=high << 64 | low))
+        generator = draws.at(high, low)
+        assert (generator.random(5) == expected.random(5)).all()
+        # Half a word is left over, which the next stream must not begin with.
+        assert generator.integers(100, dtype=np.uint32) == expected.integers(100, dtype=np.uint32)

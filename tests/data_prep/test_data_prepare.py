@@ -150,6 +150,7 @@ def test_refused_documents_are_kept_aside_with_their_line(tmp_path: Path, folder
     # What later stages find stands behind what reading found.
     assert [record["line"] for record in kept] == [2, 3, 4, 5, 6, 7, 10, 11, 13, 8]
     assert kept[-1]["detail"] == f"of {source}:1"
+    assert json.loads(kept[3]["text"]) == {"body": "no text"}
     assert all(record["file"] == str(source) for record in kept)
     assert {stream.lang: stream.counts["train"].documents for stream in manifest.sources} == {"zh": 1, "en": 1}
 
