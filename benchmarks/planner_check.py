@@ -2,16 +2,20 @@
 
     python -m benchmarks.planner_check --hardware h100                 # one GPU, writes benchmarks/planner_check.csv
     python -m benchmarks.planner_check --hardware h200 --ranks 2       # cases for two GPUs too
+    python -m benchmarks.planner_check --tables                        # no GPU: the steps that other tables here hold
     python -m benchmarks.planner_check --toy                           # a small model, wherever it runs: tries the path
 
 Each case is a training config that trains for a few steps in processes of its own, on gMASK samples. A row is written
-only where the loss fell. Goals: peak memory within 8 %, step time within 10 %, none of the cases used to fit either.
+only where the loss fell. `--tables` takes this trainer's rows of benchmarks/step/ and benchmarks/parallel/ instead and
+writes benchmarks/planner_tables.csv. Goals: peak memory within 8 %, step time within 10 %, none of the cases used
+to fit either.
 """
 
 import argparse
 import csv
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +26,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.step_worker import Shape, batch_of, timed
+from benchmarks.parallel import SPEED
+from benchmarks.step_worker import OURS, SHAPES, Shape, batch_of, timed
+from benchmarks.step_worker import words as words_of
 from data_prep import cli
 from data_prep.errors import ConfigError
 from launch.hardware import find
@@ -49,6 +55,15 @@ TWO = [
     "model=1b micro_batch_size=8 global_batch_size=128 parallel.pipeline_parallel=2",
     "model=1b micro_batch_size=4 global_batch_size=128 parallel.pipeline_parallel=2",
 ]
+FOLDER = Path(__file__).parent
+TABLES = {
+    "step/recompute.csv": "anchor",
+    "step/graphs.csv": "anchor",
+    "step/graphs_small.csv": "text",
+    "parallel/speed.csv": "",
+}
+"""Whose rows say no shape have this one."""
+PARALLEL = {row.name: row for row in SPEED["3b"] if not row.peer}
 TOY = "model=tiny micro_batch_size=2 global_batch_size=8 sequence_length=64 precision=fp32"
 
 
@@ -128,10 +143,39 @@ def row(words: str, ranks: int, hardware: str, found: dict[str, Any]) -> dict[st
         "measured_step_s": f"{found['seconds']:.4f}",
         "step_error_percent": f"{100 * (planned.seconds / found['seconds'] - 1):+.1f}",
         "planned_gib": f"{gib:.2f}",
-        "measured_allocated_gib": f"{found['allocated'] / 2**30:.2f}",
+        "measured_allocated_gib": f"{found['allocated'] / 2**30:.2f}" if "allocated" in found else "",
         "measured_reserved_gib": f"{reserved:.2f}",
         "memory_error_percent": f"{100 * (gib / reserved - 1):+.1f}" if reserved else "",
     }
+
+
+def tables() -> list[dict[str, Any]]:
+    """Every row of `TABLES` that this trainer measured, beside its plan."""
+    rows = []
+    for name, usual in TABLES.items():
+        heading, *lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+        hardware = next(word.lower() for word in re.findall(r"\w+", heading) if word in ("H100", "H200"))
+        for line in csv.DictReader(lines):
+            name = line.get("contender") or line["row"]
+            if not line["tokens_per_second"] or name not in {**OURS, **PARALLEL}:
+                continue
+            parallel, ranks = PARALLEL.get(name), int(line.get("world") or 1)
+            shape = SHAPES[line.get("shape") or usual]
+            micro, count = int(line["micro_batch"]), int(line.get("accumulation") or line["micro_batches"])
+            replicas = ranks // parallel.model_ranks if parallel else 1
+            case = words_of(shape, micro, count * replicas, *(parallel.overrides if parallel else OURS[name]))
+            found = {"seconds": float(line["step_ms"]) / 1e3, "reserved": float(line["memory_gib"]) * 2**30}
+            rows.append({"device": hardware} | row(shlex.join(case), ranks, hardware, found))
+    return rows
+
+
+def write(target: Path, heading: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The table, with what it is and the command."""
+    with target.open("w", encoding="utf-8", newline="") as file:
+        file.write(f"# {heading}\n# {shlex.join(['python', '-m', 'benchmarks.planner_check', *sys.argv[1:]])}\n")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,12 +184,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hardware", default="h100", help="word of launch/hardware.py for this machine")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--tables", action="store_true", help="what is measured already, in place of measuring")
     parser.add_argument("--toy", action="store_true", help="one small case only")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args(argv)
     if options.worker is not None:
         work(options.worker, options.steps, options.output)
+        return 0
+    if options.tables:
+        write(FOLDER / "planner_tables.csv", "planned for the device of each row", tables())
         return 0
     cases = [(options.ranks, TOY)] if options.toy else [(1, words) for words in ONE]
     if options.ranks > 1 and not options.toy:
@@ -162,12 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row(words, ranks, options.hardware, found))
         print(rows[-1], flush=True)
     if rows:
-        with options.output.open("w", encoding="utf-8", newline="") as file:
-            file.write(f"# {device}, torch {torch.__version__}, planned as {options.hardware}\n")
-            file.write(f"# {shlex.join(['python', '-m', 'benchmarks.planner_check', *sys.argv[1:]])}\n")
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(options.output, f"{device}, torch {torch.__version__}, planned as {options.hardware}", rows)
     return 1 if failed else 0
 
 

@@ -157,20 +157,23 @@ def measure_ceilings() -> dict[str, float]:
 # ---- this project ----
 
 
+def words(shape: Shape, micro_batch: int, accumulation: int, *overrides: str) -> list[str]:
+    """The GLM layer at a shape, as overrides of the default config."""
+    return [
+        *shape.overrides,
+        "model.hidden_dropout=0",
+        "model.attention_dropout=0",
+        "precision=bf16",
+        "parallel.zero_stage=1",
+        f"micro_batch_size={micro_batch}",
+        f"global_batch_size={micro_batch * accumulation}",
+        *overrides,
+    ]
+
+
 def glm(shape: Shape, micro_batch: int, accumulation: int, *overrides: str) -> Any:
     """Config of the GLM layer at a shape."""
-    return compose_train(
-        [
-            *shape.overrides,
-            "model.hidden_dropout=0",
-            "model.attention_dropout=0",
-            "precision=bf16",
-            "parallel.zero_stage=1",
-            f"micro_batch_size={micro_batch}",
-            f"global_batch_size={micro_batch * accumulation}",
-            *overrides,
-        ]
-    )
+    return compose_train(words(shape, micro_batch, accumulation, *overrides))
 
 
 def tiankong(*overrides: str) -> Callable[[Shape, int, int], Step]:
@@ -416,16 +419,20 @@ def profile(function: Callable[[], Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-CONTENDERS = {
-    "tiankong": Contender(tiankong(), peer=False),
-    "tiankong_graphs": Contender(tiankong("parallel.cuda_graphs=true"), peer=False),
-    "tiankong_recompute": Contender(tiankong("parallel.activation_checkpointing=full"), peer=False),
-    "tiankong_selective": Contender(
-        tiankong("parallel.activation_checkpointing=ffn", "parallel.activation_checkpointing_every_layers=2"),
-        peer=False,
+OURS: dict[str, tuple[str, ...]] = {
+    "tiankong": (),
+    "tiankong_graphs": ("parallel.cuda_graphs=true",),
+    "tiankong_recompute": ("parallel.activation_checkpointing=full",),
+    "tiankong_selective": (
+        "parallel.activation_checkpointing=ffn",
+        "parallel.activation_checkpointing_every_layers=2",
     ),
-    "tiankong_references": Contender(tiankong("kernels=reference"), peer=False),
-    "tiankong_compiled_references": Contender(tiankong("kernels=compile"), peer=False),
+    "tiankong_references": ("kernels=reference",),
+    "tiankong_compiled_references": ("kernels=compile",),
+}
+"""This project's contenders, as overrides."""
+CONTENDERS = {
+    **{name: Contender(tiankong(*overrides), peer=False) for name, overrides in OURS.items()},
     "litgpt": Contender(litgpt(compiled=True)),
     "litgpt_eager": Contender(litgpt(compiled=False)),
     "liger": Contender(liger(deepspeed=False)),
