@@ -67,7 +67,7 @@ def png(groups: Mapping[str, Sequence[Run]], panels: Sequence[str]) -> bytes:
     except ImportError as error:
         raise ConfigError("png needs matplotlib: pip install -e '.[figures]'") from error
     last = max((run.metrics[-1]["step"] for members in groups.values() for run in members if run.metrics), default=0)
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), dpi=90, layout="constrained")
     colours = [f"C{number}" for number in range(10)]
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         heading, value = PANELS[panel]
@@ -85,7 +85,9 @@ def png(groups: Mapping[str, Sequence[Run]], panels: Sequence[str]) -> bytes:
         axes.set(title=heading, xlabel="step", yscale="linear" if panel == "loss" else "log")
         axes.grid(alpha=0.25)
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, max(1, len(names))), fontsize=8)
+    # About fourteen letters of the legend's size are an inch wide.
+    columns = int(14 * 5.2 * len(panels) / (8 + max((len(name) for name in names), default=0)))
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, columns), fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, metadata={"Software": ""})
     return file.getvalue()
