@@ -84,13 +84,18 @@ class Node:
         if kind == "port":
             return {"port": free_port()}
         assert kind == "start", kind
-        self._lease = LEASE_SHARE * order["silent_seconds"]
-        attempt = _Attempt(order, self._own_address())
-        self._running = attempt
+        attempt = self._running
+        if attempt is None or attempt.order is not order:
+            attempt = self._begin(order)
         try:
             return attempt.run()
         finally:
             self._running = None
+
+    def _begin(self, order: Message) -> "_Attempt":
+        self._lease = LEASE_SHARE * order["silent_seconds"]
+        self._running = _Attempt(order, self._own_address())
+        return self._running
 
     def _own_address(self) -> str:
         return str(self._link.connection.getsockname()[0]) if self._link and not self._link.closed else ""
@@ -136,6 +141,9 @@ class Node:
         elif kind == "dump" and running is not None:
             running.ask_for_stacks()
         elif kind not in ("stop", "abort", "dump"):
+            if kind == "start" and running is None:
+                # Here, for a stop may follow before the other thread has taken the order.
+                self._begin(message)
             self._orders.put(message)
 
     def _lease_over(self) -> None:
@@ -172,7 +180,7 @@ class _Attempt:
 
     def __init__(self, order: Message, own_address: str) -> None:
         self.steering = Steering()
-        self._order = order
+        self.order = order
         self._own_address = own_address
         self._run_dir = Path(order["run_dir"])
         self._stack_sizes: dict[int, int] = {}
@@ -180,7 +188,7 @@ class _Attempt:
 
     def run(self) -> Message:
         """Run to the end; returns what to report."""
-        order = self._order
+        order = self.order
         os.environ.update(self._environment(order["environment"]))
         os.environ[COMMAND_VARIABLE] = order["command"]
         os.environ.setdefault("OMP_NUM_THREADS", thread_count(order["processes"]))
@@ -237,9 +245,9 @@ class _Attempt:
 
     def _environment(self, chosen: Mapping[str, str]) -> dict[str, str]:
         """The job's variables; several nodes talk over the interface that reaches the supervisor, unless told."""
-        found = interface_of(self._own_address) if self._order["place"]["nodes"] > 1 else None
+        found = interface_of(self._own_address) if self.order["place"]["nodes"] > 1 else None
         default = {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": found} if found else {}
-        default |= flight_recorder.variables(self._run_dir, self._order["flight_recorder"])
+        default |= flight_recorder.variables(self._run_dir, self.order["flight_recorder"])
         return {**{name: value for name, value in default.items() if name not in os.environ}, **chosen}
 
 

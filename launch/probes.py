@@ -27,8 +27,8 @@ DISK_BYTES = 32 << 20
 LINK_BYTES = 8 << 20
 REPEATS = 5
 LINK_SECONDS = 60
-LOAD_SECONDS = 2.0
-"""How long the accelerators are kept busy while nvidia-smi looks at clocks and throttling."""
+LOAD_SECONDS = 5.0
+"""How long the accelerators are kept busy at most, while nvidia-smi looks at clocks and throttling."""
 ACCELERATOR_SHARE = 0.8
 """Share of its node's median below which an accelerator is named."""
 _HEALTH = "ecc.errors.uncorrected.volatile.total,temperature.gpu,clocks.sm,{0}.hw_slowdown,{0}.hw_thermal_slowdown"
@@ -108,6 +108,8 @@ def _copy_seconds(to: torch.Tensor, source: torch.Tensor) -> float:
 
 def _cards_under_load(devices: list[torch.device]) -> dict[str, Any]:
     """What nvidia-smi holds against the accelerators while they work, and the slowest one's clock (MHz)."""
+    if shutil.which("nvidia-smi") is None:
+        return {"health": []}
     squares = [torch.randn(8 * MATMUL, 8 * MATMUL, device=device, dtype=torch.bfloat16) for device in devices]
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
@@ -127,10 +129,11 @@ def health_query(reasons: str) -> str:
 
 def read_cards(rows: list[list[str]]) -> dict[str, Any]:
     """`health` and `clock_mhz` from nvidia-smi's rows; what a card does not tell is left out."""
-    if not rows:
+    cards = [row for row in rows if len(row) == 1 + _HEALTH.count(",")]
+    if not cards:
         return {"health": ["nvidia-smi does not tell the accelerators' health"]}
     health, clocks = [], []
-    for number, (errors, degrees, clock, slow, hot) in enumerate(rows):
+    for number, (errors, degrees, clock, slow, hot) in enumerate(cards):
         if errors.isdecimal() and int(errors):
             health.append(f"accelerator {number}: {errors} uncorrected memory errors")
         if "Active" in (slow, hot):

@@ -93,4 +93,4 @@ def test_cards_that_are_hot_or_have_memory_errors_are_named():
         ],
         "clock_mhz": 345.0,
     }
-    assert read_cards([]) == {"health": ["nvidia-smi does not tell the accelerators' health"]}
+    assert read_cards([["No devices were found"]]) == {"health": ["nvidia-smi does not tell the accelerators' health"]}

@@ -175,6 +175,20 @@ def test_a_signal_saves_and_stops_all_nodes_and_a_second_job_is_refused(tmp_path
     assert (status, job.history_is_whole()) == (0, True), err
 
 
+def test_a_signal_that_comes_before_the_ranks_listen_loses_nothing(tmp_path):
+    job = Job(tmp_path, 1)
+    process = job.start()
+    state = job.run_dir / "launch.json"
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert len(job.lines("metrics.jsonl")) < LAST
+    assert job.events() == []
+
+
 def test_unreachable_hosts_are_named_before_anything_starts(tmp_path):
     status, err = Job(tmp_path, 2, "hosts=n0,gone", "cluster.network_interface=nope").run()
     assert status == 2
