@@ -154,7 +154,7 @@ def _measure(count: int, runs: int, faults: list[str], output: str) -> int:
                     row = run(hosts, fault, scratch / "run")
                     assert row is not None
                     check(history(scratch / "run"), expected)
-                except (RuntimeError, StopIteration, subprocess.TimeoutExpired) as error:
+                except (OSError, RuntimeError, StopIteration, subprocess.TimeoutExpired) as error:
                     failed += 1
                     print(f"FAILED {fault}: {error!r}", flush=True)
                     continue
