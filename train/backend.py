@@ -12,10 +12,13 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-# Finding no GPU is no reason to warn, on each rank and into the output of a command; DeepSpeed says it while imported.
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+# Neither finding no GPU, which DeepSpeed says while it is imported, nor an optimizer of our own is a reason to warn, on
+# each rank and into the output of a command.
+_EXPECTED = ("Setting accelerator to CPU", "ZeRO with an untested optimizer")
+logging.getLogger("DeepSpeed").addFilter(lambda record: not any(one in record.getMessage() for one in _EXPECTED))
 # ruff: noqa: E402
 
 import deepspeed
@@ -88,6 +91,24 @@ def memory() -> dict[str, int]:
     held = int(accelerator.memory_allocated())
     accelerator.reset_peak_memory_stats()
     return {"memory_held_bytes": held, "memory_peak_bytes": peak, "memory_reserved_bytes": reserved}
+
+
+def write_memory_snapshot(path: Path) -> bool:
+    """Write every block that the device's allocator holds, for pytorch.org/memory_viz; False where it cannot tell.
+
+    Called when memory is out, so whatever goes wrong here must not hide that.
+    """
+    allocator = getattr(torch.get_device_module(get_accelerator().device_name()), "memory", None)
+    dump = getattr(allocator, "_dump_snapshot", None)
+    if dump is None:
+        return False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dump(str(path))
+    except (OSError, RuntimeError) as error:
+        logger.warning("%s: the memory snapshot cannot be written (%s)", path, error)
+        return False
+    return True
 
 
 def synchronize() -> None:

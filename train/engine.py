@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -247,9 +248,11 @@ class Engine:
         """What holds the memory by the config's own arithmetic, and which key would help."""
         memory = peak_memory(self.config, data_parallel=self.mesh.data, micro_batches=micro_batches)
         what = str(error).partition("\n")[0].rstrip(". ")
+        path = Path(self.config.run_dir) / "logs" / f"memory_rank_{self.mesh.rank}.pickle"
+        seen = f"; {path} has every block, for pytorch.org/memory_viz" if backend.write_memory_snapshot(path) else ""
         return RankFailed(
             f"rank {self.mesh.rank} is out of memory: {what}. By the config the largest holders of the fullest stage "
-            f"are: {largest_holders(self.config, memory)}"
+            f"are: {largest_holders(self.config, memory)}{seen}"
         )
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer:
