@@ -45,7 +45,9 @@ class Operation:
 
     def __call__(self, *values: Any) -> Any:
         """The function's result."""
-        return self._op(*values) if torch.compiler.is_compiling() else self._function(*values)
+        # Fake tensors, which have no memory to run on, come with a dispatch mode.
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return self._op(*values) if traced else self._function(*values)
 
 
 def operation(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operation]:
