@@ -34,6 +34,8 @@ class LayerGraphs:
         self._parameters, self._probe, self._capture = list(parameters), probe, capture
         self._seen = False
         self._captured: dict[bool, _Captured] = {}
+        self._anchor = torch.zeros((), requires_grad=True)
+        """Has the backward pass come here even where the embedding is frozen."""
 
     def __call__(self, run: Run, state: State) -> State:
         """run(state)."""
@@ -47,7 +49,8 @@ class LayerGraphs:
                 run(state)
             self._captured[measured] = _Captured(run, state, self._parameters, self._capture)
         hidden, meta, sample_index = state
-        return _Replay.apply(hidden, meta, sample_index, self._captured[measured]), meta, sample_index
+        out = _Replay.apply(hidden, self._anchor, meta, sample_index, self._captured[measured])
+        return out, meta, sample_index
 
 
 class _Captured:
@@ -91,10 +94,12 @@ class _Captured:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, meta: Tensor, sample_index: Tensor, captured: _Captured) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, anchor: Tensor, meta: Tensor, sample_index: Tensor, captured: _Captured
+    ) -> Tensor:
         ctx.captured = captured
         return captured.forward((hidden, meta, sample_index))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.captured.backward(gradient), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.captured.backward(gradient), None, None, None, None

@@ -86,7 +86,7 @@ def _measured(settings: list[list[str]]) -> list[list[Any]]:
     return found
 
 
-@pytest.mark.parametrize("world, layout", [(1, ["model.norm_placement=sandwich"]), (2, [TENSOR])])
+@pytest.mark.parametrize("world, layout", [(1, ["model.norm_placement=sandwich"]), (1, ["lora.rank=2"]), (2, [TENSOR])])
 def test_layers_run_through_graphs_change_nothing(world: int, layout: list[str]) -> None:
     # On a CPU a graph is the very function that would be captured; what goes into it and comes out is the same.
     graphs, recomputed = "parallel.cuda_graphs=true", "parallel.activation_checkpointing=full"
