@@ -5,6 +5,7 @@ attempt under torch's elastic agent (`launch.agent`), passes on their beats each
 the supervisor has not been heard for a while: by then it may have started others in their place.
 """
 
+import contextlib
 import os
 import queue
 import shlex
@@ -63,7 +64,7 @@ class Node:
             if kind == "farewell":
                 return EXIT_DONE
             if kind == "gone":
-                print(f"node {self._name}: no supervisor at {self._address}:{self._port}", file=sys.stderr)
+                _say(f"node {self._name}: no supervisor at {self._address}:{self._port}")
                 return EXIT_CRASH
             answer = self._answer(kind, order)
             self.send({"kind": "answer", "order": order["order"], **answer})
@@ -157,11 +158,9 @@ class Node:
         except OSError as error:
             if not self._complained:
                 fix = "cluster.supervisor_address must be an address of its machine that the nodes can reach"
-                print(
+                _say(
                     f"node {self._name}: cannot reach the supervisor at {self._address}:{self._port} ({error})"
-                    + ("" if self._reached else f"; {fix}"),
-                    file=sys.stderr,
-                    flush=True,
+                    + ("" if self._reached else f"; {fix}")
                 )
             self._complained = True
             time.sleep(1.0)
@@ -249,6 +248,12 @@ class _Attempt:
         default = {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": found} if found else {}
         default |= flight_recorder.variables(self._run_dir, self.order["flight_recorder"])
         return {**{name: value for name, value in default.items() if name not in os.environ}, **chosen}
+
+
+def _say(line: str) -> None:
+    # Where the launcher is gone, so is the reader of this; the agent must still come to its end.
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _state(pid: int) -> str:
