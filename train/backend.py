@@ -237,7 +237,7 @@ def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[A
         set_z3_leaf_modules(model, [layer])
     # DeepSpeed's bf16 optimizer keeps what it concatenates together with the autograd graph of that: each parameter
     # would have one node for its gradient, tied to this stream for ever, and no other stream could be captured.
-    with quiet(), torch.set_grad_enabled(config.precision.dtype != "bf16" or config.parallel.zero_stage > 1):
+    with quiet(), torch.set_grad_enabled(not config.parallel.cuda_graphs):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer_for(model),

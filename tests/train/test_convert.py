@@ -142,6 +142,8 @@ def test_names_and_shapes_of_the_released_chatglm_models():
 class _Pieces(Tokenizer):
     """A tokenizer's counts without its model."""
 
+    kind = "sentencepiece"
+
     def __init__(self, pieces: int) -> None:
         self.pieces, self.vocab_size, self.name = pieces, pieces + len(SPECIALS), "pieces"
         self.special_ids = {special: pieces + offset for offset, special in enumerate(SPECIALS)}
