@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# DeepSpeed's optimizers bring half of torch's compiler along: half a minute that would count as the row's.
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 import torch.distributed as distributed
 from torch import Tensor

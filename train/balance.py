@@ -62,9 +62,9 @@ def balance(costs: Costs, num_layers: int, stages: int) -> list[int]:
 def measure(config: Config, dataset: Dataset) -> Costs:
     """Time the three parts on this device, on the first micro-batch of the data."""
     # One layer stands for all of them, and nothing is divided.
-    config.model.num_layers, parallel = 1, config.parallel
-    parallel.tensor_parallel = parallel.pipeline_parallel = 1
-    parallel.sequence_parallel, parallel.layers_per_stage = False, []
+    config.model.num_layers = 1
+    config.parallel.one_stage(tensor_parallel=1)
+    config.parallel.sequence_parallel = False
     mesh = Mesh.single(backend.device())
     model = Model(config, mesh, DTYPES[config.precision.dtype])
     batch = next(open_loader(config, mesh, dataset, DataPlan(), 0))

@@ -149,6 +149,10 @@ class ParallelConfig:
     """Launch each micro-batch's layers as one CUDA graph forward and one backward: faster wherever the host, not the
     device, sets the pace (small models, tensor parallelism). One stage, bf16, zero_stage 1; on a CPU without effect."""
 
+    def one_stage(self, tensor_parallel: int) -> None:
+        """Divide the model over so many tensor-parallel ranks and nothing else."""
+        self.tensor_parallel, self.pipeline_parallel, self.layers_per_stage = tensor_parallel, 1, []
+
 
 @dataclass
 class OptimizerConfig:
@@ -174,8 +178,7 @@ class OptimizerConfig:
     clip_decay: float | None = None
     """adagc, zclip: decay of the running averages; null: 0.98 and 0.97."""
     clip_warmup_steps: int | None = None
-    """adagc, zclip: steps that only fill the averages and are clipped to optimizer.clip; null: 100 and
-    25."""
+    """adagc, zclip: steps that only fill the averages and are clipped to optimizer.clip; null: 100 and 25."""
     clip_relative: float = 1.05
     """adagc: largest norm of a tensor relative to its average."""
     clip_z: float = 2.5

@@ -50,8 +50,7 @@ def load_trained(
     if problem is not None:
         raise DataError(f"{problem}; restore the file, or give another step's folder as checkpoint=")
     config = read_config(folder / "config.yaml")
-    config.parallel.tensor_parallel, config.parallel.pipeline_parallel = mesh.tensor, 1
-    config.parallel.layers_per_stage = []
+    config.parallel.one_stage(mesh.tensor)
     config.parallel.activation_checkpointing, config.parallel.sequence_parallel = "none", False
     config.parallel.activation_checkpointing_every_layers = 1
     reader, config.lora = MergedReader(folder, config.lora), LoraConfig()

@@ -129,8 +129,7 @@ def _plan(settings: ConvertConfig, checkpoint: Path) -> Plan:
     if problem is not None:
         raise DataError(f"{problem}; restore the file, or give another step's folder as source=")
     config = read_config(checkpoint / "config.yaml")
-    config.parallel.tensor_parallel, config.parallel.pipeline_parallel = settings.tensor_parallel, 1
-    config.parallel.layers_per_stage = []
+    config.parallel.one_stage(settings.tensor_parallel)
     rules.check(config)
     if config.prefix.length:
         raise ConfigError(
