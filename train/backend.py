@@ -8,7 +8,6 @@ import contextlib
 import io
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -169,8 +168,9 @@ def start() -> None:
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        # Port 0: the system gives a free one.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
     # DeepSpeed compiles a shared-memory collective at start-up on a CPU: 40 s, and 69 MB of /dev/shm a rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() != "cpu":
@@ -360,9 +360,3 @@ def quiet() -> Iterator[None]:
         yield
     if caught.getvalue():
         logger.debug("%s", caught.getvalue())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

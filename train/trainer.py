@@ -186,6 +186,10 @@ class Trainer:
         self.reactions = Reactions(config, self.engine)
         self.memory = MemoryUse(self.engine, self.folder)
         self.heart.now("checkpoint")
+        events = on_rank_zero(self.mesh, lambda: self.folder.read("events") if self.folder is not None else [])
+        events = gather(self.mesh, events)[0] or []
+        self._told = {event["id"]: event.get("acts") for event in events}
+        self.reactions.remember(events)
         self._resume(found)
         self.saver = Saver(
             self.engine,
@@ -240,9 +244,7 @@ class Trainer:
         elif self.config.initialize_from is not None:
             reader = PieceReader(find(self.config.initialize_from), ("model",))
             together(self.mesh, lambda: read.load_weights(self.engine, reader))
-        events = on_rank_zero(self.mesh, lambda: self.folder.read("events") if self.folder is not None else [])
-        self._told = {event["id"] for event in events or []}
-        self._skip(self.reactions.go_on_from(self.step, gather(self.mesh, events)[0]))
+        self._skip(self.reactions.go_on_from(self.step))
         on_rank_zero(self.mesh, self._rewind)
 
     def _roll_back(self) -> None:
@@ -259,8 +261,9 @@ class Trainer:
     def _rewind(self) -> None:
         """Move what lies beyond the checkpoint out of the way: metrics, validation, later checkpoints."""
         assert self.folder is not None
-        self.folder.rewind(self.step)
+        # In this order: a checkpoint must never be left without the lines up to it.
         write.set_aside(self.run_dir, self.step, self.folder.attempt)
+        self.folder.rewind(self.step)
 
     @property
     def _samples_a_round(self) -> int:
@@ -350,8 +353,8 @@ class Trainer:
 
     def _tell(self, event: Event) -> None:
         """Hand an event on, once: a resumed run sees again what happened after its checkpoint."""
-        if event["id"] not in self._told:
-            self._told.add(event["id"])
+        if event["id"] not in self._told or self._told[event["id"]] != event["acts"]:
+            self._told[event["id"]] = event["acts"]
             for observer in self.observers:
                 observer.on_event(event)
 

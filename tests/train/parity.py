@@ -7,7 +7,6 @@ a wrong sum of any of them shows. `FAULTS` are ways to break a layout on purpose
 import contextlib
 import dataclasses
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,19 +129,20 @@ def in_ranks(world: int, work: Callable[..., Any], *settings: Any) -> Any:
 
     An exception on any rank is raised here with that rank's traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Imported once here, so that forked ranks need not: DeepSpeed's optimizers bring half of torch's compiler along.
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    # This process holds the store, as torchrun does, so that nobody can take the port before the ranks have it.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # Imported once here, so that forked ranks need not.
+    import train.backend  # noqa: F401
 
     queue = multiprocessing.get_context("fork").SimpleQueue()
-    multiprocessing.start_processes(_rank, (world, port, work, settings, queue), nprocs=world, start_method="fork")
+    words = (world, store.port, work, settings, queue)
+    multiprocessing.start_processes(_rank, words, nprocs=world, start_method="fork")
     return queue.get()
 
 
 def _rank(rank: int, world: int, port: int, work: Callable[..., Any], settings: tuple[Any, ...], queue: Any) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names |= {"TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({key: str(value) for key, value in names.items()})
     torch.set_num_threads(1)
     from train import backend

@@ -3,8 +3,11 @@
 import json
 import math
 import random
+import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.conftest import Command
+from tests.conftest import ROOT, Command
 from tests.train.parity import BATCH, LR, SHRINK, batch_of, in_ranks, my_batches, start_engine
 from tests.train.test_resume import lines, started, steps_written, wait_for
+from train.checkpoint.select import checkpoint_steps
 from train.config import StressConfig
 from train.model.parameters import split
 from train.stability.detector import SMALLEST_DEVIATION, Detector
@@ -234,6 +238,47 @@ def test_a_killed_run_with_events_repeats_itself_bit_for_bit(
     process.wait()
     assert steps_written(tmp_path / "run") < 40
     command("train", *overrides, f"run_dir={tmp_path / 'run'}")
+    assert lines(tmp_path / "run") == lines(whole_run)
+    assert events(tmp_path / "run") == events(whole_run)
+
+
+DIES = """
+import os, sys
+from unittest import mock
+from train.cli import run_train
+from train.run_folder import RunFolder
+from train.trainer import Trainer, main
+where = sys.argv.pop(1)
+if where == "told":
+    mock.patch.object(Trainer, "_roll_back", lambda trainer: os._exit(9)).start()
+else:
+    rewind = RunFolder.rewind
+    mock.patch.object(RunFolder, "rewind", lambda *a: os._exit(9) if a[1] else rewind(*a)).start()
+run_train(main)
+"""
+"""`python -m train` that dies within a roll-back: before it changes anything, or once later checkpoints are aside."""
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("where", ["told", pytest.param("aside", marks=pytest.mark.slow)])
+def test_a_run_killed_in_a_roll_back_goes_on_as_if_it_had_not_been(
+    where: str, whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    words = [*overrides, f"run_dir={tmp_path / 'run'}"]
+    assert subprocess.run([sys.executable, "-c", DIES, where, *words], cwd=ROOT, check=False).returncode == 9
+    assert checkpoint_steps(tmp_path / "run")[-1] == (24 if where == "told" else 20)
+    assert events(tmp_path / "run") == events(whole_run)[:3]
+    command("train", *words)
+    assert lines(tmp_path / "run") == lines(whole_run)
+    assert events(tmp_path / "run") == events(whole_run)
+
+
+@pytest.mark.e2e
+def test_a_run_sent_back_before_its_roll_backs_finds_them_again(
+    whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    command("train", *overrides, f"run_dir={tmp_path / 'run'}", "resume.step=16")
     assert lines(tmp_path / "run") == lines(whole_run)
     assert events(tmp_path / "run") == events(whole_run)
 

@@ -125,7 +125,7 @@ def set_aside(run_dir: Path, step: int, attempt: int) -> None:
         return
     aside = run_dir / "discarded" / f"checkpoints.attempt-{attempt}"
     aside.mkdir(parents=True, exist_ok=True)
-    for later in newer:
+    for later in reversed(newer):  # killed in between, what is left is still one history
         folder = step_folder(run_dir, later)
         # A second roll-back in one attempt may set the same step aside again.
         shutil.rmtree(aside / folder.name, ignore_errors=True)

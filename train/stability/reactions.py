@@ -33,7 +33,7 @@ class Reactions:
         self.config, self.engine = config, engine
         self.acts: list[Act] = []
         self.roll_backs: list[Event] = []
-        """Events with a roll-back, of all attempts; never undone by another."""
+        """Events with a roll-back, of all attempts; one does not undo another."""
         self.last_spike = 0
         self.cursors: list[int] = []
         """Where each of the last steps began, in samples; oldest first."""
@@ -129,15 +129,26 @@ class Reactions:
         if self.engine.guard is not None:
             self.engine.guard.load_state(state.get("guard", {}))
 
-    def go_on_from(self, step: int, events: list[Event]) -> list[list[int]]:
-        """Take up the roll-backs to this step that events.jsonl knows of; the ranges of samples they skip.
+    def remember(self, events: list[Event]) -> None:
+        """Take up what events.jsonl holds, at a start."""
+        # An id comes twice where a run was sent back and found something else at the same step.
+        self.roll_backs = list({event["id"]: event for event in events if target_of(event) is not None}.values())
+
+    def go_on_from(self, step: int) -> list[list[int]]:
+        """Take up the roll-backs to this step; the ranges of samples they skip.
+
+        Those behind the last one that this step's checkpoint knows of are forgotten: the run comes to them again. One
+        is known if it led to this very step, or if its acts are in the checkpoint; it is not where a process was killed
+        before it could go back.
 
         Raises ConfigError for an act in stability.events that should have happened by now and did not.
         """
-        known = {event["id"] for event in self.roll_backs}
-        self.roll_backs += [one for one in events if one["id"] not in known and target_of(one) is not None]
-        mine = [event for event in self.roll_backs if target_of(event) == step]
         done = {act["id"] for act in self.acts}
+        known = [target_of(one) == step or one["acts"][0]["id"] in done for one in self.roll_backs]
+        while known and not known[-1]:
+            known.pop()
+        self.roll_backs = self.roll_backs[: len(known)]
+        mine = [event for event in self.roll_backs if target_of(event) == step]
         self.acts += [act for event in mine for act in event["acts"] if act["id"] not in done]
         for planned in self.config.stability.events:
             if planned["step"] <= step and not self._has(_planned_id(planned)):
