@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from data_prep.config import DataConfig, PrepConfig, TokenizerConfig
 from data_prep.prepare import prepare
@@ -24,6 +25,10 @@ from data_prep.sources import BUNDLED
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = 50
 """Documents of each language in `tiny_dataset`."""
+
+# The same examples each time, on however slow a machine; new ones are searched by --hypothesis-profile=default.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -209,7 +209,7 @@ def test_near_duplicates_are_found_across_pieces_of_work(
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40), st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_are_the_connected_ones(pairs: list[tuple[int, int]], at_once: int) -> None:
     first = np.arange(31)
     parts = [np.array(pairs[n : n + at_once]) for n in range(0, len(pairs), at_once)]

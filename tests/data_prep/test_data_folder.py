@@ -97,7 +97,7 @@ def test_index_has_the_layout_that_other_trainers_read(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 60_000), min_size=1, max_size=9), max_size=9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_shards_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]) -> None:
     prefix = tmp_path_factory.mktemp("shard") / "x"
     writer = ShardWriter(prefix, token_dtype(60_001))
@@ -121,7 +121,7 @@ def test_special_tokens_follow_the_pieces(dataset: Dataset) -> None:
 
 
 @given(st.text(max_size=60).map(clean_text).filter(lambda text: "▁" not in text))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_text_comes_back_and_bytes_add_up(dataset: Dataset, text: str) -> None:
     ids = dataset.tokenizer.encode(text)
     assert dataset.tokenizer.decode(ids) == text

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 
 
 @given(st.integers(1, 600), st.integers(0, 2**64 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_permutation_is_a_bijection(size: int, key: int) -> None:
     permutation = Permutation(size, key)
     assert sorted(permutation(index) for index in range(size)) == list(range(size))
@@ -37,7 +37,7 @@ def test_every_place_is_equally_likely() -> None:
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8).filter(any), st.integers(8, 2000))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_quotas_are_within_one_of_the_exact_share(shares: list[float], period: int) -> None:
     counts = quotas(shares, period)
     scale = period / sum(counts)
@@ -57,7 +57,7 @@ def test_quotas_take_out_common_divisors() -> None:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.integers(0, 2**64 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_schedule_keeps_shares_in_every_period_and_counts_its_choices(shares: list[int], key: int) -> None:
     schedule = Schedule([float(share) for share in shares], 100, key)
     made = [0] * len(shares)
@@ -76,7 +76,7 @@ def test_schedule_keeps_shares_in_every_period_and_counts_its_choices(shares: li
     st.integers(0, 200),
     st.integers(0, 200),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_skipped_ranges_are_never_trained_on(
     ranges: list[tuple[int, int]], cursor: int, first: int, second: int
 ) -> None:

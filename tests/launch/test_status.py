@@ -74,7 +74,7 @@ def test_the_server_answers_only_get_and_only_with_its_token(run_dir, token):
     Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_address[1]}"
     try:
-        with urllib.request.urlopen(f"{base}/?token={token}", timeout=5) as answer:
+        with urllib.request.urlopen(f"{base}/?token={token}", timeout=60) as answer:
             assert "node b is lost" in answer.read().decode()
         refused = {
             "?token=guess": 403 if token else 200,
@@ -83,9 +83,9 @@ def test_the_server_answers_only_get_and_only_with_its_token(run_dir, token):
         for path, status in refused.items():
             if status != 200:
                 with pytest.raises(urllib.error.HTTPError, match=str(status)):
-                    urllib.request.urlopen(f"{base}/{path}", timeout=5)
+                    urllib.request.urlopen(f"{base}/{path}", timeout=60)
         with pytest.raises(urllib.error.HTTPError, match="501"):
-            urllib.request.urlopen(f"{base}/?token={token}", data=b"x", timeout=5)
+            urllib.request.urlopen(f"{base}/?token={token}", data=b"x", timeout=60)
         with pytest.raises(ConfigError, match="cannot be used"):
             make_server(run_dir, "127.0.0.1", server.server_address[1], token)
     finally:

@@ -223,7 +223,7 @@ def arrived(word: str) -> Any:
     return get(config, override.key_or_group)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @example("今天天气[MASK]，我们去公园。")
 @example("[MASK]和[gMASK]")
 @example("[gMASK]")
