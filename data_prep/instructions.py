@@ -28,7 +28,7 @@ class Example(NamedTuple):
     prompt: NDArray[np.int64]  # [P]
     answer: NDArray[np.int64]  # [A]
     whole: bool
-    """Whether the answer is complete: only then does eop follow it."""
+    """Whether there was room for the whole answer and its eop."""
 
     @property
     def slots(self) -> int:
@@ -36,16 +36,28 @@ class Example(NamedTuple):
         return len(self.prompt) + len(self.answer) + 1 + self.whole
 
 
-def fit(
-    prompts: NDArray[np.int64], answers: NDArray[np.int64], slots: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens of prompt and answer that are kept in a sequence of `slots`, for many examples; int64 [N] each.
+class Kept(NamedTuple):
+    """What of many examples is kept."""
+
+    prompts: NDArray[np.int64]  # [N], tokens
+    answers: NDArray[np.int64]  # [N], tokens
+    whole: NDArray[np.bool_]  # [N], as `Example.whole`
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """As `Example.slots`, int64 [N]."""
+        return self.prompts + self.answers + 1 + self.whole
+
+
+def fit(prompts: NDArray[np.int64], answers: NDArray[np.int64], slots: int) -> Kept:
+    """What is kept of prompts and answers (tokens, int64 [N] each) in a sequence of `slots`.
 
     The prompt is cut at its end so that the whole answer fits, but never under a quarter of the sequence; an answer
     that still does not fit is cut then (GLM-130B's rule: the head of the text is kept).
     """
     prompts = np.minimum(prompts, np.maximum(slots // 4, slots - 2 - answers))
-    return prompts, np.where(prompts + answers + 2 <= slots, answers, slots - 1 - prompts)
+    whole = prompts + answers + 2 <= slots
+    return Kept(prompts, np.where(whole, answers, slots - 1 - prompts), whole)
 
 
 @dataclass(frozen=True)
@@ -91,21 +103,19 @@ class InstructionStream:
     @property
     def unused_tokens(self) -> int:
         """Tokens cut off because their example is longer than a sequence."""
-        tokens, prompts, answers = self._sizes
-        return int(tokens.sum() - prompts.sum() - answers.sum())
+        return int(self._tokens.sum() - self._kept.prompts.sum() - self._kept.answers.sum())
 
     @cached_property
     def packing(self) -> Packing:
         """How well the sequences are filled."""
-        tokens, prompts, answers = self._sizes
-        whole = answers == tokens[:, 1]
+        kept = self._kept
         return Packing(
-            examples=len(tokens),
+            examples=len(kept.whole),
             packs=self.rows,
-            fill=float((prompts + answers + 1 + whole).sum()) / max(1, self.rows * self.slots),
-            targets=int((answers + whole).sum()),
-            ends=int(whole.sum()),
-            cut_prompts=int((prompts < tokens[:, 0]).sum()),
+            fill=float(kept.slots.sum()) / max(1, self.rows * self.slots),
+            targets=int((kept.answers + kept.whole).sum()),
+            ends=int(kept.whole.sum()),
+            cut_prompts=int((kept.prompts < self._tokens[:, 0]).sum()),
         )
 
     def examples(self, row: int) -> list[Example]:
@@ -117,17 +127,19 @@ class InstructionStream:
         at = int(np.searchsorted(self._documents, number, side="right"))
         within = number - (int(self._documents[at - 1]) if at else 0)
         prompt, answer = self.shards[at].document(2 * within), self.shards[at].document(2 * within + 1)
-        _, prompts, answers = self._sizes
-        return Example(prompt[: prompts[number]], answer[: answers[number]], bool(answers[number] == len(answer)))
+        kept = self._kept
+        return Example(prompt[: kept.prompts[number]], answer[: kept.answers[number]], bool(kept.whole[number]))
 
     @cached_property
-    def _sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens of prompt and answer [N, 2], and what is kept of each [N], [N]."""
+    def _tokens(self) -> NDArray[np.int64]:
+        """Tokens of prompt and answer, [N, 2]."""
         sizes = [np.asarray(shard.sizes(), dtype=np.int64).reshape(-1, 2) for shard in self.shards]
-        tokens = np.concatenate(sizes) if sizes else np.zeros((0, 2), dtype=np.int64)
-        return tokens, *fit(tokens[:, 0], tokens[:, 1], self.slots)
+        return np.concatenate(sizes) if sizes else np.zeros((0, 2), dtype=np.int64)
+
+    @cached_property
+    def _kept(self) -> Kept:
+        return fit(self._tokens[:, 0], self._tokens[:, 1], self.slots)
 
     @cached_property
     def _packs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        tokens, prompts, answers = self._sizes
-        return pack(prompts + answers + 1 + (answers == tokens[:, 1]), self.slots)
+        return pack(self._kept.slots, self.slots)

@@ -11,7 +11,7 @@ from data_prep.batch import INSTRUCTION, KINDS
 from data_prep.config import SamplingConfig, TokenizerConfig
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError
-from data_prep.instructions import InstructionStream, fit
+from data_prep.instructions import Example, InstructionStream, fit
 from data_prep.prepare import prepare
 from data_prep.samples import Sampler
 from data_prep.templates import TEMPLATES, fields_of, render
@@ -116,11 +116,25 @@ def test_text_alone_is_sampled_as_if_there_were_no_instructions(tasks: Dataset, 
 
 
 def test_long_examples_are_cut_at_the_prompt_first() -> None:
-    prompts, answers = fit(np.array([10, 500, 500, 5]), np.array([20, 20, 500, 500]), 128)
-    assert prompts.tolist() == [10, 106, 32, 5]
-    assert answers.tolist() == [20, 20, 95, 122]
-    for prompt, answer in zip(prompts[2:], answers[2:], strict=True):
-        assert prompt + 1 + answer == 128
+    kept = fit(np.array([10, 500, 500, 5]), np.array([20, 20, 500, 500]), 128)
+    assert kept.prompts.tolist() == [10, 106, 32, 5]
+    assert kept.answers.tolist() == [20, 20, 95, 122]
+    assert kept.whole.tolist() == [True, True, False, False]
+    assert kept.slots.tolist() == [32, 128, 128, 128]
+
+
+def test_examples_of_every_length_fit_a_sequence(tasks: Dataset) -> None:
+    """An answer that ends in the very last slot leaves none for its eop."""
+    sampler = sampler_of(tasks)
+    prompts, answers = (sizes.ravel() for sizes in np.mgrid[1 : SLOTS + 3, 1 : SLOTS + 3])
+    kept = fit(prompts, answers, SLOTS)
+    assert kept.slots.max() == SLOTS
+    assert (kept.whole == (np.minimum(prompts, SLOTS // 4) + answers + 2 <= SLOTS)).all()
+    assert (kept.answers <= answers).all()
+    for number in np.flatnonzero(kept.slots >= SLOTS - 1)[::31]:
+        example = Example(np.zeros(kept.prompts[number], int), np.ones(kept.answers[number], int), kept.whole[number])
+        sample = sampler.instructions([example], "zh")
+        assert int((sample.loss_weight > 0).sum()) == kept.answers[number] + kept.whole[number]
 
 
 def test_templates_render_and_bad_ones_are_named(tmp_path: Path, folder: Path) -> None:

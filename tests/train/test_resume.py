@@ -128,12 +128,17 @@ def test_kills_during_saves_lose_nothing(
         before = checkpoint_steps(run_dir)
         process = started(words, run_dir, "launch")
         wanted = steps_written(run_dir) + generator.randrange(1, 3)
-        wait_for(lambda wanted=wanted: steps_written(run_dir) >= wanted, process)  # type: ignore[misc]
+        launcher = psutil.Process(process.pid)
+        # A line of the run before may still have come while its last write kept it from dying: wait for ranks too.
+        wait_for(
+            lambda wanted=wanted, launcher=launcher: steps_written(run_dir) >= wanted and launcher.children(),  # type: ignore[misc]
+            process,
+        )
         time.sleep(generator.random() * 0.1)
         if kill % 2:
             os.killpg(process.pid, signal.SIGKILL)
         else:
-            generator.choice(psutil.Process(process.pid).children()).kill()
+            generator.choice(launcher.children()).kill()
         process.communicate()
         assert process.returncode != 0
         assert steps_written(run_dir) < steps
