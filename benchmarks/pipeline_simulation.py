@@ -118,7 +118,8 @@ def main() -> None:
         result = parity.in_ranks(stages, measure, stages, count, sleeps, arguments.steps)["stages"]
         found.append((stages, count, name, result))
         print(stages, count, name, [round(one["step"], 3) for one in result], flush=True)
-    send = calibrate(next(one for one in found if one[:3] == CALIBRATION))
+    result = next(one[3] for one in found if one[:3] == CALIBRATION)
+    send = calibrate(_times(result), CALIBRATION[1], _seconds(result))
     rows = [row(*one, send) for one in found]
     with arguments.output.open("w", encoding="utf-8", newline="") as file:
         file.write(
@@ -134,14 +135,13 @@ def main() -> None:
     print(arguments.output.read_text(encoding="utf-8"))
 
 
-def calibrate(case: tuple[int, int, str, list[dict[str, float]]]) -> float:
-    """Seconds of a send that make the simulated step of one case the measured one."""
-    _, count, _, result = case
+def calibrate(times: Sequence[StageTimes], count: int, measured: float) -> float:
+    """Seconds of a send that make the simulated step of `count` micro-batches the measured one."""
     low, high = 0.0, 0.1
     for _ in range(40):
         middle = (low + high) / 2
-        simulated = simulate_step(_times(result), count, send_seconds=middle).seconds
-        low, high = (middle, high) if simulated < _seconds(result) else (low, middle)
+        simulated = simulate_step(times, count, send_seconds=middle).seconds
+        low, high = (middle, high) if simulated < measured else (low, middle)
     return (low + high) / 2
 
 
