@@ -5,6 +5,7 @@ Every rule is a plain function of the text; the reason a document is refused for
 
 import re
 import unicodedata
+from itertools import pairwise
 
 import xxhash
 
@@ -33,9 +34,14 @@ _CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffd\ud800-\udfff]"
 )
 _NEWLINES = re.compile("\r\n?|\u2028|\u2029|\x85")
-_TRAILING = re.compile(r"[ \t\u3000\xa0]+\n")
+# Looking back, a run is tried from its start alone; from each of its blanks, a long one takes the square of its length.
+_TRAILING = re.compile(r"(?<![ \t\u3000\xa0])[ \t\u3000\xa0]+\n")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _WHITE = re.compile(r"\s+")
+_MARK = f"[{''.join(filter(unicodedata.combining, map(chr, range(0x300, 0x1F000))))}]"
+_RUN = 256
+"""Combining marks in a row that are put in order together: Python takes the square of their number."""
+_ANY_MARK, _LONG_RUN = re.compile(_MARK), re.compile(f"{_MARK}{{{_RUN}}}")
 _WIDE = {
     code: code - 0xFEE0
     for first, last in ((0xFF10, 0xFF19), (0xFF21, 0xFF3A), (0xFF41, 0xFF5A))
@@ -47,8 +53,17 @@ _WIDE[0x3000] = 0x20
 def clean_text(text: str) -> str:
     """Text in Unicode NFC, with \\n line ends, no control or invisible characters, no long runs of blank lines."""
     text = _NEWLINES.sub("\n", text)
-    text = _CONTROL.sub("", unicodedata.normalize("NFC", text))
+    text = _CONTROL.sub("", _composed(text))
     return _BLANK_LINES.sub("\n\n", _TRAILING.sub("\n", text)).strip()
+
+
+def _composed(text: str) -> str:
+    """Unicode NFC, but that runs of over `_RUN` combining marks, which no script has, are put in order in parts."""
+    # Such a run holds one of every `_RUN`th characters, and these are looked at quickly.
+    if _ANY_MARK.search(text[::_RUN]) is None:
+        return unicodedata.normalize("NFC", text)
+    cuts = [found.end() for found in _LONG_RUN.finditer(text)]
+    return "".join(unicodedata.normalize("NFC", text[start:end]) for start, end in pairwise([0, *cuts, len(text)]))
 
 
 def normalize_width(text: str) -> str:

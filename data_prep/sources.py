@@ -314,7 +314,7 @@ def _read_json_lines(path: Path, source: Source, config: DataConfig) -> Iterator
         except UnicodeDecodeError as error:
             yield _refused(path, number, "broken_utf8", f"byte {error.start}: {error.reason}", line)
             continue
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of over 4,300 digits is a plain ValueError
             yield _refused(path, number, "bad_json", str(error), line)
             continue
         if not isinstance(fields, dict):
@@ -340,7 +340,8 @@ def _document(
         if not isinstance(fields.get(name), str):
             known = ", ".join(map(str, fields)) or "none"
             record = _plain(json.dumps(fields, ensure_ascii=False, default=str))
-            return Rejected(file, number, "missing_text", f"no string in field '{name}'; fields are {known}", record)
+            detail = _plain(f"no string in field '{name}'; fields are {known}")
+            return Rejected(file, number, "missing_text", detail, record)
     text = fields[source.text_field] if source.template is None else render(source.template, fields)
     lang = source.lang or fields.get(config.lang_field)
     licence = source.licence or fields.get("licence") or fields.get("license")

@@ -17,7 +17,7 @@ from data_prep.files import sync_folder
 from data_prep.sources import Source
 
 DOCUMENT = np.dtype(
-    [("high", "<u8"), ("low", "<u8"), ("line", "<u4"), ("file", "<u2"), ("stream", "<u2"), ("signed", "?")]
+    [("high", "<u8"), ("low", "<u8"), ("line", "<u4"), ("file", "<u4"), ("stream", "<u2"), ("signed", "?")]
 )
 """One cleaned document: the halves of its duplicate key, where it came from, its language's number, and whether it has
 a signature."""
@@ -45,6 +45,9 @@ class Work:
     def output(self, stage: str, rank: int) -> Iterator[Path]:
         """A new folder that takes the place of `path(stage, rank)` when the block ends without an error."""
         final = self.path(stage, rank)
+        # Left by processes of this rank that were killed; a rank runs in one process at a time.
+        for remains in final.parent.glob(f".{final.name}.*.tmp"):
+            shutil.rmtree(remains)
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
         try:
