@@ -1,6 +1,7 @@
 """An opened dataset folder: its manifest, tokenizer and token streams, checked before anything is read from them."""
 
 import os
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -86,13 +87,29 @@ class Dataset:
                         f"{folder / info.path}.bin: {shard.tokens} tokens in {shard.documents} documents, but the "
                         f"manifest says {info.tokens} in {info.documents}; restore the file or prepare the data again"
                     )
-                if verify:
-                    _check(folder / f"{info.path}.bin", info.checksum)
-                    _check(folder / f"{info.path}.idx", info.index_checksum)
                 shards[info.path, info.split] = shard
+        dataset = Dataset(folder, manifest, tokenizer, shards)
         if verify:
-            _check(folder / "unigram.npy", manifest.unigram_checksum)
-        return Dataset(folder, manifest, tokenizer, shards)
+            for problem in dataset.damages():
+                raise DataError(problem)
+        return dataset
+
+    @property
+    def checksums(self) -> dict[Path, str]:
+        """The files of tokens and counts with what the manifest says of them."""
+        found = {self.folder / "unigram.npy": self.manifest.unigram_checksum}
+        for stream in self.manifest.sources:
+            for info in stream.shards:
+                found[self.folder / f"{info.path}.bin"] = info.checksum
+                found[self.folder / f"{info.path}.idx"] = info.index_checksum
+        return found
+
+    def damages(self, progress: Callable[[Path], None] = lambda path: None) -> Iterator[str]:
+        """Read every file; one message for each whose checksum is not the manifest's. progress: told of each one."""
+        for path, expected in self.checksums.items():
+            progress(path)
+            if (problem := _damage(path, expected)) is not None:
+                yield problem
 
     @cached_property
     def digest(self) -> str:
@@ -160,12 +177,11 @@ class Dataset:
         return result
 
 
-def _check(path: Path, expected: str) -> None:
+def _damage(path: Path, expected: str) -> str | None:
     try:
         found = checksum(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if found != expected:
-        raise DataError(
-            f"{path}: checksum {found} is not {expected} of the manifest; restore the file or prepare the data again"
-        )
+        return f"{path}: cannot be read ({error.strerror})"
+    if found == expected:
+        return None
+    return f"{path}: checksum {found} is not {expected} of the manifest; restore the file or prepare the data again"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataConfig, PrepConfig
-from data_prep.errors import ConfigError
+from data_prep.errors import ConfigError, DataError
 from data_prep.executors import Progress, check_machine, run_stages
 from data_prep.files import fingerprint, folder_lock, write_error, write_json
 from data_prep.manifest import FILE, SPLITS, Manifest
@@ -27,6 +27,7 @@ __all__ = ["Submitted", "page_of", "prepare", "split_of"]
 
 _NOT_IN_RECIPE = ("path", "sources", "overwrite", "workers", "prefetch_batches", "sampling", "mixture", "pipeline")
 _SUBMITTED = "submitted.json"
+_REMOVED = ".work.tmp"
 
 
 class Submitted(Exception):
@@ -56,8 +57,10 @@ def prepare(config: PrepConfig, progress: Progress = lambda stage, done, total: 
     recipe = _recipe(config, sources, loaded)
     if (folder / FILE).exists() and not config.data.overwrite:
         manifest = _reusable(folder, recipe)
-        # Left where the process was killed, or the jobs ended, after the manifest was written.
-        shutil.rmtree(folder / ".work", ignore_errors=True)
+        if (folder / ".work").exists() or (folder / _REMOVED).exists():
+            # Left where the process was killed, or the jobs ended, after the manifest was written.
+            with folder_lock(folder):
+                _remove_work(folder)
         return manifest, True
     check_machine(config.data)
     try:
@@ -65,18 +68,20 @@ def prepare(config: PrepConfig, progress: Progress = lambda stage, done, total: 
             if (folder / FILE).exists() and not config.data.overwrite:
                 # Another process finished it between the two looks.
                 return _reusable(folder, recipe), True
-            (folder / FILE).unlink(missing_ok=True)
-            if _unfinished(folder) != recipe:
+            # Beside a manifest, .work is a preparation's that is over: nothing to go on from, and no job writes here.
+            complete = (folder / FILE).exists()
+            if not complete:
+                _refuse_submitted(folder)
+            if complete or _unfinished(folder) != recipe:
                 _remove_remains(folder)
                 write_json(folder / ".work" / "recipe.json", recipe)
-            _refuse_submitted(folder)
             work = Work(folder.absolute(), config, plan_tasks(sources, config.data.task_bytes), recipe)
             if config.data.pipeline.executor == "slurm":
                 write_json(folder / ".work" / _SUBMITTED, {"process": os.getpid(), "host": os.uname().nodename})
             if not run_stages(work, progress):
                 raise Submitted(f"the stages of {folder} are submitted; squeue shows them, {folder / FILE} ends them")
             manifest = Manifest.read(folder)
-            shutil.rmtree(folder / ".work", ignore_errors=True)
+            _remove_work(folder)
     except OSError as error:
         raise write_error(error.filename or folder, error) from error
     return manifest, False
@@ -94,9 +99,18 @@ def _recipe(config: PrepConfig, sources: list[Source], loaded: Tokenizer | None)
         recipe["tokenizer.path"] = loaded.sha256
     for number, source in enumerate(sources):
         fields = {name: value for name, value in asdict(source).items() if name != "files"}
-        fields["files"] = [[path.name, fingerprint(path)] for path in source.files]
+        fields["files"] = [[path.name, _content_of(path)] for path in source.files]
         recipe[f"data.sources[{number}]"] = fields
+    for number, name in enumerate(config.data.cleaning.decontaminate):
+        recipe[f"data.cleaning.decontaminate[{number}]"] = _content_of(Path(name))
     return json.loads(json.dumps(recipe))
+
+
+def _content_of(path: Path) -> str:
+    try:
+        return fingerprint(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
@@ -145,14 +159,27 @@ def _refuse_submitted(folder: Path) -> None:
 
 
 def _remove_remains(folder: Path) -> None:
-    """Clear what an unfinished or replaced preparation left; anything else in the folder is not ours to delete."""
-    ours = {".work", "lock", "tokenizer", "rejected", "unigram.npy", "report.html", "packs", *SPLITS}
+    """Clear what an unfinished or replaced preparation left; anything else in the folder is not ours to delete.
+
+    Killed in between, what is left is a complete dataset still, or none with nothing to go on from.
+    """
+    ours = {FILE, ".work", "lock", "tokenizer", "rejected", "unigram.npy", "report.html", "packs", *SPLITS}
     for entry in folder.iterdir():
         if entry.name not in ours and not entry.name.endswith(".tmp"):
             raise ConfigError(f"data.path={folder} holds {entry.name}, which is no dataset; use an empty or new folder")
-    _refuse_submitted(folder)
+    _remove_work(folder)
+    (folder / FILE).unlink(missing_ok=True)
     for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name != "lock":
             entry.unlink()
+
+
+def _remove_work(folder: Path) -> None:
+    """Remove the scratch as one: markers of finished stages must not outlive what the stages made."""
+    removed = folder / _REMOVED
+    shutil.rmtree(removed, ignore_errors=True)
+    if (folder / ".work").exists():
+        (folder / ".work").rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)

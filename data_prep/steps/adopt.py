@@ -40,7 +40,7 @@ def adopt(source: Source, shares: list[float], tokenizer: Tokenizer, unigram: ND
     # A character begins with a byte that is not of the form 10xxxxxx.
     letters = np.array([sum(byte & 0xC0 != 0x80 for byte in surface) for surface in tokenizer.surfaces])
     for path in source.files:
-        whole, digest = Shard(path.with_suffix("")), xxhash.xxh3_128()
+        whole, digest, parts = Shard(path.with_suffix("")), xxhash.xxh3_128(), list[ShardInfo]()
         _check(whole, tokenizer)
         for split, (first, end) in split_documents(whole.documents, shares).items():
             part = whole.part(first, end - first)
@@ -58,10 +58,10 @@ def adopt(source: Source, shares: list[float], tokenizer: Tokenizer, unigram: ND
                 )
                 info = ShardInfo(str(path.with_suffix("").absolute()), split, path.stat().st_size, part.tokens)
                 info.documents, info.first_document = part.documents, first
-                stream.shards.append(info)
-        for info in stream.shards:
-            if info.path == whole.prefix:
-                info.checksum, info.index_checksum = digest.hexdigest(), checksum(path.with_suffix(".idx"))
+                parts.append(info)
+        for info in parts:
+            info.checksum, info.index_checksum = digest.hexdigest(), checksum(path.with_suffix(".idx"))
+        stream.shards += parts
     stream.licence = {source.licence or "unknown": sum(counts.documents for counts in stream.counts.values())}
     return stream
 

@@ -102,6 +102,16 @@ def test_foreign_files_are_used_where_they_lie(
         Dataset.open(tmp_path / "data")
 
 
+def test_files_named_from_where_the_user_stands(
+    tmp_path: Path, folder: Path, documents: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign(tmp_path / "a", documents)
+    monkeypatch.chdir(tmp_path)
+    prepare(config_of(Path("data"), folder.absolute(), {"path": "a.bin", "lang": "zh"}))
+    monkeypatch.chdir("/")
+    Dataset.open(tmp_path / "data", verify=True)
+
+
 @pytest.mark.parametrize("code", [5, 8])
 def test_other_token_types_and_a_missing_eod(
     tmp_path: Path, folder: Path, documents: list[list[list[int]]], code: int, caplog: pytest.LogCaptureFixture

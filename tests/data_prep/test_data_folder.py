@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.clean import clean_text
+from data_prep.cli import run
 from data_prep.dataset import Dataset
 from data_prep.errors import DataError
 from data_prep.shards import Shard, ShardWriter, token_dtype
 from data_prep.tokenizer import SPECIALS, Tokenizer
+from data_prep.verify import VerifyConfig
+from data_prep.verify import main as verify
 
 pytestmark = pytest.mark.unit
 
@@ -32,7 +35,7 @@ def test_a_truncated_shard_is_named(copy: Path) -> None:
         Dataset.open(copy)
 
 
-def test_a_flipped_byte_is_found_by_verification(copy: Path) -> None:
+def test_a_flipped_byte_is_found_by_verification(copy: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "valid" / "en.en-00000.bin"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
@@ -40,6 +43,15 @@ def test_a_flipped_byte_is_found_by_verification(copy: Path) -> None:
     Dataset.open(copy)
     with pytest.raises(DataError, match=r"en\.en-00000\.bin: checksum [0-9a-f]{32} is not [0-9a-f]{32}"):
         Dataset.open(copy, verify=True)
+    (copy / "unigram.npy").write_bytes(b"")
+    words = [f"data.path={copy}"]
+    assert run("verify", VerifyConfig, verify, program="data_prep.verify", argv=words) == 3
+    said = capsys.readouterr().err
+    assert "valid/en.en-00000.bin: checksum" in said
+    assert "unigram.npy: checksum" in said
+    assert "2 of 13 files are damaged" in said
+    assert run("verify", VerifyConfig, verify, program="data_prep.verify", argv=[f"data.path={folder}"]) == 0
+    assert "13 files, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -244,12 +245,49 @@ def test_overwriting_and_foreign_files(tmp_path: Path, folder: Path) -> None:
     manifest = prepared(tmp_path / "out", source, folder, overwrite=True)
     assert [stream.key for stream in manifest.sources] == ["a.en"]
     assert not list((tmp_path / "out").glob("*/a.zh*"))
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds thesis\.txt"):
+        prepared(tmp_path / "out", source, folder, overwrite=True)
+    Dataset.open(tmp_path / "out", verify=True)
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds thesis\.txt"):
         prepared(home, source, folder)
     assert (home / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("marker", ["recipe.json", "submitted.json"])
+def test_scratch_that_outlived_its_preparation_is_not_gone_on_from(tmp_path: Path, folder: Path, marker: str) -> None:
+    """Killed between the manifest and the end, or made by Slurm's jobs, which leave it."""
+    source = tmp_path / "a.jsonl"
+    source.write_text(document(ZH * 4), encoding="utf-8")
+    with mock.patch("data_prep.prepare._remove_work"):
+        before = prepared(tmp_path / "out", source, folder)
+    (tmp_path / "out" / ".work" / marker).touch()
+    assert prepared(tmp_path / "out", source, folder, overwrite=True) == before
+    Dataset.open(tmp_path / "out", verify=True)
+    (tmp_path / "out" / ".work").mkdir()
+    prepared(tmp_path / "out", source, folder)
+    assert not list((tmp_path / "out").glob(".work*"))
+
+
+def test_what_a_dataset_was_made_from_is_told_by_content(tmp_path: Path, folder: Path) -> None:
+    source, evaluation = tmp_path / "a.jsonl", tmp_path / "eval.txt"
+    source.write_text(document(ZH * 4), encoding="utf-8")
+    evaluation.write_text("one")
+    config = small_config(tmp_path / "out", [str(source)])
+    config.data.cleaning.decontaminate = [str(evaluation)]
+    config.tokenizer = TokenizerConfig(path=str(folder), threads=1)
+    prepare(config)
+    evaluation.write_text("two")
+    with pytest.raises(ConfigError, match=r"made with data\.cleaning\.decontaminate\[0\]="):
+        prepare(config)
+    with (
+        mock.patch("data_prep.prepare.fingerprint", side_effect=PermissionError(13, "Permission denied")),
+        pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(Permission denied\)"),
+    ):
+        prepare(config)
 
 
 def test_two_preparations_cannot_write_one_folder(tmp_path: Path, folder: Path) -> None:
