@@ -5,6 +5,7 @@ Every rule is a plain function of the text; the reason a document is refused for
 
 import re
 import unicodedata
+from collections.abc import Callable
 from itertools import pairwise
 
 import xxhash
@@ -69,6 +70,14 @@ def _composed(text: str) -> str:
 def normalize_width(text: str) -> str:
     """Full-width letters, digits and the ideographic space in their usual width."""
     return text.translate(_WIDE)
+
+
+def simplifier() -> Callable[[str], str]:
+    """Traditional characters to simplified ones (OpenCC's t2s)."""
+    import opencc
+
+    convert: Callable[[str], str] = opencc.OpenCC("t2s").convert
+    return convert
 
 
 def refusal(raw: str, cleaned: str, min_characters: int, max_characters: int) -> str | None:

@@ -80,21 +80,18 @@ class Course:
 
     def _first_end(self, mixture: Mixture, shares: list[float], drawn: list[int]) -> int | None:
         """Samples of a phase until the first of its streams has ended."""
-        ends = []
-        for number, limit in enumerate(self._limits):
-            if limit is None or not shares[number]:
-                continue
-            low, high = 0, 1
-            while mixture.made_before(high)[number] < limit - drawn[number]:
-                low, high = high, high * 2
-            while high - low > 1:
-                middle = (low + high) // 2
-                if mixture.made_before(middle)[number] < limit - drawn[number]:
-                    low = middle
-                else:
-                    high = middle
-            ends.append(high)
-        return min(ends, default=None)
+        last_draws = [
+            (number, limit - drawn[number] - 1)
+            for number, limit in enumerate(self._limits)
+            if limit is not None and shares[number]
+        ]
+        end: int | None = None
+        for number, made in sorted(last_draws, key=lambda one: mixture.earliest(*one)):
+            if end is not None and mixture.earliest(number, made) >= end:
+                break
+            place = mixture.place_of(number, made) + 1
+            end = place if end is None else min(end, place)
+        return end
 
     def _mixture(self, shares: list[float], first: int) -> Mixture | None:
         """Text by `shares`; instructions take `instruction_share` beside text, and all where there is no text left."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import gcd, isqrt
+from math import gcd, isqrt, lcm
 from typing import Any
 
 import numpy as np
@@ -91,13 +91,14 @@ def quotas(shares: Sequence[float], period: int) -> tuple[int, ...]:
     if positive > period:
         raise ConfigError(f"data.sampling.mixture_period={period} is less than the {positive} sources; raise it")
     exact = [Fraction(share) for share in shares]
-    total = sum(exact)
-    wanted = [share * period / total for share in exact]
-    counts = [max(int(share), 1 if share > 0 else 0) for share in wanted]
-    while sum(counts) != period:
-        step = 1 if sum(counts) < period else -1
-        open_to = [n for n, share in enumerate(wanted) if share > 0 and (step > 0 or counts[n] > 1)]
-        counts[max(open_to, key=lambda n: (wanted[n] - counts[n]) * step)] += step
+    unit = lcm(*(share.denominator for share in exact))
+    parts = [int(share * unit) for share in exact]
+    total = sum(parts)
+    counts = [max(part * period // total, 1 if part else 0) for part in parts]
+    while (given := sum(counts)) != period:
+        step = 1 if given < period else -1
+        open_to = [n for n, part in enumerate(parts) if part and (step > 0 or counts[n] > 1)]
+        counts[max(open_to, key=lambda n: (parts[n] * period - counts[n] * total) * step)] += step
     divisor = gcd(*counts)
     return tuple(count // divisor for count in counts)
 
@@ -134,6 +135,18 @@ class Schedule:
         choice = int(choices[offset])
         return choice, number * self.counts[choice] + int(before[offset])
 
+    def place_of(self, choice: int, made: int) -> int:
+        """Where `choice` is made with `made` of it before."""
+        if self._only is not None:
+            return made
+        number, within = divmod(made, self.counts[choice])
+        choices, _ = _table(self.counts, self._key, number)
+        return number * self.period + int(np.flatnonzero(choices == choice)[within])
+
+    def earliest(self, choice: int, made: int) -> int:
+        """The start of `place_of`'s period, at no cost."""
+        return made // self.counts[choice] * self.period
+
     def made_before(self, place: int) -> list[int]:
         """How often each choice was made at places before `place`."""
         number, offset = divmod(place, self.period)
@@ -160,6 +173,18 @@ class Mixture:
             return choice, made
         task, made = self._inner.at(made)
         return self._last + task, made
+
+    def place_of(self, stream: int, made: int) -> int:
+        """Where `stream` is drawn with `made` draws of it before."""
+        if self._inner is None or stream < self._last:
+            return self._outer.place_of(stream, made)
+        return self._outer.place_of(self._last, self._inner.place_of(stream - self._last, made))
+
+    def earliest(self, stream: int, made: int) -> int:
+        """A place not behind `place_of`'s, at no cost."""
+        if self._inner is None or stream < self._last:
+            return self._outer.earliest(stream, made)
+        return self._outer.earliest(self._last, self._inner.earliest(stream - self._last, made))
 
     def made_before(self, place: int) -> list[int]:
         """How often each stream was drawn at places before `place`."""

@@ -5,6 +5,7 @@ the same command goes on from it; another one clears it. An unfinished folder ha
 """
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataConfig, PrepConfig
+from data_prep.decontaminate import CHARACTERS, WORDS, read_evaluation_files
 from data_prep.errors import ConfigError, DataError
 from data_prep.executors import Progress, check_machine, run_stages
 from data_prep.files import fingerprint, folder_lock, write_error, write_json
@@ -24,6 +26,8 @@ from data_prep.steps.work import Work, plan_tasks
 from data_prep.tokenizer import Tokenizer, given_tokenizer
 
 __all__ = ["Submitted", "page_of", "prepare", "split_of"]
+
+logger = logging.getLogger(__name__)
 
 _NOT_IN_RECIPE = ("path", "sources", "overwrite", "workers", "prefetch_batches", "sampling", "mixture", "pipeline")
 _SUBMITTED = "submitted.json"
@@ -63,6 +67,13 @@ def prepare(config: PrepConfig, progress: Progress = lambda stage, done, total: 
                 _remove_work(folder)
         return manifest, True
     check_machine(config.data)
+    evaluation = read_evaluation_files(config.data.cleaning)
+    if evaluation.short:
+        logger.warning(
+            "data.cleaning.decontaminate: %d of %d texts are shorter than %d words or %d Chinese characters and are "
+            "not looked for, %s first",
+            *(len(evaluation.short), len(evaluation.names), WORDS, CHARACTERS, evaluation.short[0]),
+        )
     try:
         with folder_lock(folder):
             if (folder / FILE).exists() and not config.data.overwrite:

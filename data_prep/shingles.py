@@ -38,6 +38,7 @@ def by_words(texts: Sequence[str], length: int) -> Hashes:
     encoded = [text.encode("utf-8", "replace") for text in texts]
     raw = np.frombuffer(b"\n".join(encoded) + b"\n", dtype=np.uint8)
     folded = _fold_bytes()[raw]
+    _leave_out_punctuation(raw, folded)
     inside = folded != 0
     change = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     if len(inside) and inside[0]:
@@ -52,6 +53,16 @@ def by_words(texts: Sequence[str], length: int) -> Hashes:
     sums = np.zeros(len(words) + 1, dtype=np.uint64)
     np.cumsum(words * power[: len(words)], out=sums[1:])
     return _runs(sums, edges, length)
+
+
+def _leave_out_punctuation(raw: NDArray[np.uint8], folded: NDArray[np.uint64]) -> None:
+    """Set to 0 what is UTF-8 of U+0080 … U+00BF (« »), U+2000 … U+203F (“ ” ’ – …) and U+3000 … U+303F (、。「)."""
+    at = np.flatnonzero(raw == 0xC2)
+    folded[np.concatenate([at, at + 1])] = 0
+    for lead in (0xE2, 0xE3):
+        at = np.flatnonzero(raw == lead)
+        at = at[raw[at + 1] == 0x80]
+        folded[np.concatenate([at, at + 1, at + 2])] = 0
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

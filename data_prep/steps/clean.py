@@ -16,7 +16,7 @@ import zstandard
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data_prep.clean import clean_text, duplicate_key, normalize_width, refusal
+from data_prep.clean import clean_text, duplicate_key, normalize_width, refusal, simplifier
 from data_prep.decontaminate import read_evaluation_files
 from data_prep.errors import DataError
 from data_prep.files import write_error, write_json
@@ -117,11 +117,7 @@ class Language(Step):
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """As `Step.run`."""
-        self._convert = None
-        if self.work.config.data.cleaning.simplify:
-            import opencc
-
-            self._convert = opencc.OpenCC("t2s").convert
+        self._convert = simplifier() if self.work.config.data.cleaning.simplify else None
         yield from super().run(data, rank, world_size)
 
     def look_at(self, document: Document) -> None:
@@ -169,7 +165,7 @@ class Decontaminate(Step):
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """In batches."""
-        known = read_evaluation_files(self.work.config.data.cleaning.decontaminate)
+        known = read_evaluation_files(self.work.config.data.cleaning)
         for batch in batches(data):
             open_ones = [document for document in batch if "reason" not in document.metadata]
             with self.track_time("batch"):

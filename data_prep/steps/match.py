@@ -4,6 +4,7 @@ A rank merges the sorted hashes of all pieces of work, a range of hashes at a ti
 whatever the size. Candidates for likeness are checked by their whole signatures.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,10 +65,11 @@ class Match(Step):
         for number, first in enumerate(edges):
             hashes, documents = [], []
             for task, content in files:
-                begin = int(np.searchsorted(content["hash"], np.uint64(first)))
+                # Not np.searchsorted, which would first copy the whole column.
+                begin = bisect_left(content["hash"], np.uint64(first))
                 end = len(content)
                 if number + 1 < ranges:
-                    end = int(np.searchsorted(content["hash"], np.uint64(edges[number + 1])))
+                    end = bisect_left(content["hash"], np.uint64(edges[number + 1]))
                 hashes.append(content["hash"][begin:end])
                 documents.append(content["number"][begin:end].astype(np.uint64) + np.uint64(task << 32))
             yield _candidates(np.concatenate(hashes), np.concatenate(documents))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from data_prep_helpers import document, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.clean import clean_text, normalize_width
+from data_prep.clean import clean_text, normalize_width, simplifier
 from data_prep.config import CleaningConfig, TokenizerConfig
 from data_prep.decontaminate import read_evaluation_files
 from data_prep.errors import ConfigError, DataError
@@ -120,21 +121,21 @@ def test_quality_limits_catch_what_they_name() -> None:
 @pytest.mark.parametrize("lang", ["zh", "en"])
 def test_shingles_are_those_of_a_plain_loop(lang: str) -> None:
     """As many different hashes as there are different pieces, each document on its own, wherever it stands."""
-    some = [text[:1500] for text in texts(lang, 6)] + ["", "一", "two words"]
+    some = [text[:1500] for text in texts(lang, 6)] + ["", "一", "two words", "“It’s” – «the café’s» naïve… way"]
     hashes, owner = (by_characters if lang == "zh" else by_words)(some, 5)
     seen: dict[tuple[str, ...], int] = {}
     for number, text in enumerate(some):
         if lang == "zh":
             units = [c.lower() if len(c.lower()) == 1 else c for c in text if c.isalnum()]
         else:
-            kept = "".join(c if (c.isascii() and c.isalnum()) or not c.isascii() else " " for c in text)
-            units = kept.lower().split() if kept.isascii() else []
+            letters = (c if c > "\x7f" else c.lower() if c.isalnum() else " " for c in text)
+            units = re.sub("[\x80-\xbf\u2000-\u203f\u3000-\u303f]", " ", "".join(letters)).split(" ")
+            units = [unit for unit in units if unit]
         own = hashes[owner == number].tolist()
-        if units or lang == "zh":
-            pieces = [tuple(units[i : i + 5]) for i in range(len(units) - 4)]
-            assert len(own) == len(pieces)
-            for piece, value in zip(pieces, own, strict=True):
-                assert seen.setdefault(piece, value) == value
+        pieces = [tuple(units[i : i + 5]) for i in range(len(units) - 4)]
+        assert len(own) == len(pieces)
+        for piece, value in zip(pieces, own, strict=True):
+            assert seen.setdefault(piece, value) == value
     assert len(set(seen.values())) == len(seen)
 
 
@@ -262,6 +263,22 @@ def test_every_cleaning_step_through_the_pipeline(tmp_path: Path, folder: Path) 
 def test_a_bad_evaluation_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "exam.jsonl").write_text("{broken\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"exam\.jsonl: line 1: not JSON"):
-        read_evaluation_files([str(tmp_path / "exam.jsonl")])
+        read_evaluation_files(CleaningConfig(decontaminate=[str(tmp_path / "exam.jsonl")]))
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
-        read_evaluation_files([str(tmp_path / "none.jsonl")])
+        read_evaluation_files(CleaningConfig(decontaminate=[str(tmp_path / "none.jsonl")]))
+
+
+def test_evaluation_text_is_found_however_it_is_typed(tmp_path: Path) -> None:
+    """Quotes, accents, widths and scripts as in the document's normal form; a line separator does not end a line."""
+    sentence = "“It’s the café’s own recipe” – said the cook… and nobody in the whole town would ever doubt his word"
+    plain = "It's the cafe\u0301's own recipe, said the cook: and nobody in the whole town would ever doubt his word"
+    chinese = "下列哪一項說法是正確的？甲說太陽從東邊升起，乙說月亮自己會發光，丙說地球是平的，請選擇ＡＢＣ。"
+    file = tmp_path / "exam.jsonl"
+    file.write_text(document(plain) + "\n" + document(chinese) + document("two\u2028lines of a few words"), "utf-8")
+    pytest.importorskip("opencc")
+    cleaning = CleaningConfig(decontaminate=[str(file)], normalize_width=True, simplify=True)
+    known = read_evaluation_files(cleaning)
+    assert known.names == ("exam.jsonl:1", "exam.jsonl:3", "exam.jsonl:4")
+    assert known.short == ["exam.jsonl:4"]
+    texts = [clean_text(sentence), simplifier()(normalize_width(chinese)), "nothing of the kind " * 9]
+    assert known.found_in(texts, [False, True, False]) == ["exam.jsonl:1", "exam.jsonl:3", None]

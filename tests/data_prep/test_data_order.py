@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import ConfigError
-from data_prep.order import DataPlan, Draws, Permutation, Schedule, mixture_plan, quotas
+from data_prep.order import DataPlan, Mixture, Permutation, Schedule, quotas
 
 pytestmark = pytest.mark.unit
 
@@ -65,9 +65,20 @@ def test_schedule_keeps_shares_in_every_period_and_counts_its_choices(shares: li
         assert schedule.made_before(place) == made
         choice, before = schedule.at(place)
         assert before == made[choice]
+        assert schedule.place_of(choice, before) == place
+        assert schedule.earliest(choice, before) <= place
         made[choice] += 1
         if (place + 1) % schedule.period == 0:
             assert made == [count * (place + 1) // schedule.period for count in schedule.counts]
+
+
+def test_a_mixture_finds_where_a_stream_is_drawn() -> None:
+    """Two streams of text, two of instructions."""
+    mixture = Mixture(Schedule([0.5, 0.3, 0.2], 10, 7), Schedule([3.0, 1.0], 10, 8))
+    for place in range(300):
+        stream, made = mixture.at(place)
+        assert mixture.place_of(stream, made) == place
+        assert mixture.earliest(stream, made) <= place
 
 
 @given(
