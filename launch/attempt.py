@@ -67,7 +67,8 @@ class Attempt:
                 return Outcome(fault.status, fault, self._last_step())
             if len(self._ended) == len(self.nodes) and not self._failures:
                 status = max(self._ended.values())
-                return Outcome(status, None, self._last_step(), grows=self._growing and status == EXIT_STOPPED)
+                grows = self._growing and not self._stops and status == EXIT_STOPPED
+                return Outcome(status, None, self._last_step(), grows)
 
     def ranks(self) -> dict[int, RankView]:
         """What each rank does, its ages counted up to now."""

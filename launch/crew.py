@@ -26,12 +26,14 @@ class Member:
     """Whether no rank of ours ran there when it connected."""
     bad: str = ""
     """Why the preflight leaves it out."""
+    admitted: float = -math.inf
+    """When it was last found fit to train."""
+    unfit: str = ""
+    """What is wrong with it since it came back."""
     strikes: int = 0
     """Faults that began on it."""
     lost: str = ""
     """Why it is not connected."""
-    skew: float = 0.0
-    """Seconds by which its clock is ahead of ours."""
     facts: Message = field(default_factory=dict)
 
     @property
@@ -56,7 +58,7 @@ class Crew:
 
     def connected(self) -> list[str]:
         """Names of the nodes that can be given orders."""
-        return [name for name, member in self.members.items() if member.connected and not member.bad]
+        return [name for name, member in self.members.items() if member.connected and not (member.bad or member.unfit)]
 
     def address(self, name: str) -> str:
         """A node's address, as it is seen from here."""
@@ -66,7 +68,7 @@ class Crew:
     def why_lost(self, name: str) -> str:
         """What is known about a node that is not connected."""
         member = self.members[name]
-        return member.bad or member.lost or self._starter.last_words(name) or "it has not answered"
+        return member.bad or member.unfit or member.lost or self._starter.last_words(name) or "it has not answered"
 
     def send(self, name: str, message: Message) -> int:
         """Send an order, if the node is connected; returns the number that its answer will bear."""
@@ -138,5 +140,5 @@ class Crew:
             link.send({"order": 0, "kind": "farewell"})
             link.close()
             return
-        member.link, member.lost, member.idle = link, "", bool(message.get("idle", True))
+        member.link, member.lost, member.unfit, member.idle = link, "", "", bool(message.get("idle", True))
         member.heard = member.greeted = time.monotonic()

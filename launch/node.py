@@ -124,10 +124,11 @@ class Node:
             running = self._running
             if running is not None and time.monotonic() - self._heard > self._lease:
                 link.close()
-            elif running is not None and time.monotonic() >= beat_at:
+            elif time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + BEAT_SECONDS
-                self.send({"kind": "beats", "ranks": running.beats()})
-                if running.stacks_due():
+                # A node in reserve beats as well, or it would count as lost.
+                self.send({"kind": "beats", "ranks": [] if running is None else running.beats()})
+                if running is not None and running.stacks_due():
                     self.send({"kind": "stacks", "ranks": running.stacks()})
             time.sleep(VOICE_SECONDS)
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import io
-import os
+import math
 import shlex
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,21 +44,25 @@ class _Children:
 
     def __init__(self) -> None:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._begun: dict[str, float] = {}
         self._lines: dict[str, deque[str]] = {}
 
-    def run(self, name: str, command: Sequence[str], feed: bytes, environment: dict[str, str] | None = None) -> None:
-        """Start one, with `feed` on its standard input; one that still runs is left alone."""
+    def run(self, name: str, command: Sequence[str], feed: bytes, patience: float = math.inf) -> None:
+        """Start one, with `feed` on its standard input; one that has run for less than `patience` s is left alone."""
         running = self._processes.get(name)
         if running is not None and running.poll() is None:
-            return
+            if time.monotonic() - self._begun[name] < patience:
+                return
+            running.kill()
+            running.wait()
         process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
-        self._processes[name], self._lines[name] = process, deque(maxlen=KEPT_LINES)
+        self._processes[name], self._begun[name] = process, time.monotonic()
+        self._lines[name] = deque(maxlen=KEPT_LINES)
         threading.Thread(target=self._feed, args=(process, feed), daemon=True).start()
         threading.Thread(target=self._read, args=(process, self._lines[name]), daemon=True).start()
 
@@ -127,6 +132,7 @@ class SshStarter:
     def __init__(self, cluster: ClusterConfig, hosts: Sequence[str], port: int, token: str) -> None:
         self.names = list(hosts)
         self._ssh = cluster.ssh
+        self._patience = cluster.connect_seconds
         self._address = f"{cluster.supervisor_address or address_towards(hosts[0])}:{port}"
         self._token = token
         self._children = _Children()
@@ -148,9 +154,13 @@ class SshStarter:
         return [*shlex.split(self._ssh.command), name, line]
 
     def start(self, names: Sequence[str]) -> None:
-        """One ssh a host: the token and the code on its standard input."""
+        """One ssh a host: the token and the code on its standard input.
+
+        The ssh to a machine that lost its power may wait for ever: one that has brought no agent by now is replaced.
+        """
         for name in names:
-            self._children.run(name, self.command(name), self._token.encode() + b"\n" + self._archive)
+            feed = self._token.encode() + b"\n" + self._archive
+            self._children.run(name, self.command(name), feed, self._patience)
 
     def last_words(self, name: str) -> str:
         """How ssh ended."""

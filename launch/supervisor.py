@@ -35,6 +35,8 @@ LOOK_SECONDS = 120.0
 """How long the nodes may take to say what they are like."""
 BACK_OFF_SECONDS = (0.0, 1.0, 5.0, 30.0, 60.0)
 """Wait before the first, second … restart without progress."""
+CALL_SECONDS = (15.0, 600.0)
+"""A job that lacks a node starts its agent again after so long, then at doubling intervals up to the second figure."""
 SPARE_BYTES = 64 << 20
 """Free space beyond a checkpoint's size after which a full disk counts as freed."""
 FULL_DISK = "the disk is full"
@@ -57,6 +59,7 @@ class Supervisor:
         self._attempt = 0
         self._stops = 0
         self._processes = 1
+        self._began = self._call_at = time.monotonic()
         self._slow: set[int] = set()
         self._restart: tuple[float, int] | None = None
 
@@ -158,38 +161,91 @@ class Supervisor:
 
     def _admit(self) -> None:
         """Look at every connected node. Raises ConfigError for what would make the run fail or go wrong."""
-        nonce = secrets.token_hex(16)
-        mark = self._run_dir / nonce_name(nonce)
-        mark.write_text(nonce)
-        try:
-            at: Message = {"run_dir": str(self._run_dir), "data_path": str(Path(self._config.data.path).absolute())}
-            at |= {"nonce": nonce, "port": self._cluster.rendezvous_port}
-            names = self._crew.connected()
-            answers = self._crew.ask(names, {"kind": "look", "at": at}, LOOK_SECONDS)
-        finally:
-            mark.unlink(missing_ok=True)
-        found = {name: answer["facts"] for name, answer in answers.items()}
+        names = self._crew.connected()
+        skews = self._look(names)
+        found = {name: self._crew.members[name].facts for name in skews}
         if len(found) < (self._cluster.min_nodes or self._cluster.nodes):
             silent = [name for name in names if name not in found]
             raise ConfigError(f"node {', '.join(silent)}: does not answer within {LOOK_SECONDS:.0f} s; leave it out")
-        for name, facts in found.items():
-            self._crew.members[name].facts = facts
-        admit(self._config, found, {name: found[name]["time"] - answers[name]["arrived"] for name in found})
+        admit(self._config, found, skews)
+        for name in found:
+            self._crew.members[name].admitted = time.monotonic()
         self._processes = (
             self._cluster.processes
             or self._cluster.gpus_per_node
             or min(max(1, len(facts["accelerators"])) for facts in found.values())
         )
 
+    def _look(self, names: Sequence[str]) -> dict[str, float]:
+        """Ask nodes what they are like; returns by how many seconds the clock of each that answers is ahead of ours."""
+        nonce = secrets.token_hex(16)
+        mark = self._run_dir / nonce_name(nonce)
+        mark.write_text(nonce)
+        try:
+            at: Message = {"run_dir": str(self._run_dir), "data_path": str(Path(self._config.data.path).absolute())}
+            at |= {"nonce": nonce, "port": self._cluster.rendezvous_port}
+            answers = self._crew.ask(names, {"kind": "look", "at": at}, LOOK_SECONDS)
+        finally:
+            mark.unlink(missing_ok=True)
+        for name, answer in answers.items():
+            self._crew.members[name].facts = answer["facts"]
+        return {name: answer["facts"]["time"] - answer["arrived"] for name, answer in answers.items()}
+
+    def _wait_for_nodes(self) -> None:
+        """After a fault: call lost nodes, wait for enough that may train, and leave out those that still may not."""
+        members, wanted = self._crew.members, self._cluster.nodes
+        for member in members.values():
+            member.unfit = ""
+        self._crew.start(self._lost())
+        deadline = time.monotonic() + self._cluster.wait_seconds
+        unfit: dict[str, str] = {}
+        while True:
+            over = time.monotonic() >= deadline or self._stops > 0
+            if over or len(self._crew.connected()) >= wanted:
+                unfit = self._unfit_newcomers()
+                # Ranks that were killed with their agent may hold an accelerator for some seconds more.
+                if over or len(self._crew.connected()) - len(unfit) >= wanted:
+                    break
+            self._crew.poll(0.1)
+        for name, why in unfit.items():
+            members[name].unfit = why
+            say(f"{why}; left out until the next restart")
+            self._records.event("node_left_out", why, "left out", node=name)
+
+    def _unfit_newcomers(self) -> dict[str, str]:
+        """What is wrong with nodes that came back: after a reboot one may lack its mounts, or have other versions."""
+        members, connected = self._crew.members, self._crew.connected()
+        new = [name for name in connected if members[name].greeted > members[name].admitted]
+        if not new:
+            return {}
+        skews = self._look(new)
+        known = {name: member.facts for name, member in members.items() if member.facts and name not in new}
+        unfit = {}
+        for name in [name for name in new if members[name].connected]:
+            try:
+                if name not in skews:
+                    raise ConfigError(f"node {name}: does not answer within {LOOK_SECONDS:.0f} s")
+                admit(self._config, {**known, name: members[name].facts}, {name: skews[name]})
+                members[name].admitted = time.monotonic()
+            except ConfigError as error:
+                unfit[name] = str(error)
+        return unfit
+
+    def _call_missing(self) -> None:
+        """Start the agents of lost nodes again, now and then: a machine that was rebooted does not call by itself."""
+        now = time.monotonic()
+        if now >= self._call_at:
+            self._call_at = now + min(max(now - self._began, CALL_SECONDS[0]), CALL_SECONDS[1])
+            self._crew.start(self._lost())
+
+    def _lost(self) -> list[str]:
+        return [name for name, member in self._crew.members.items() if not (member.connected or member.bad)]
+
     def _choose(self) -> list[str]:
         """The nodes of the next attempt. Raises RunFailed when too few are left."""
         wanted, least = self._cluster.nodes, self._cluster.min_nodes or self._cluster.nodes
         if self._attempt:
-            lost = [name for name in self._crew.members if name not in self._crew.connected()]
-            self._crew.start(lost)
-            deadline = time.monotonic() + self._cluster.wait_seconds
-            while len(self._crew.connected()) < wanted and time.monotonic() < deadline and not self._stops:
-                self._crew.poll(0.1)
+            self._wait_for_nodes()
         ready = self._crew.connected()
         count = self._largest(len(ready), wanted, least)
         if count == 0:
@@ -234,13 +290,17 @@ class Supervisor:
             silent_seconds=self._cluster.silent_seconds,
             command=command_line(),
         )
-        began, first = newest_checkpoint(self._run_dir), len(nodes)
+        saved, wanted = newest_checkpoint(self._run_dir), self._cluster.nodes
+        self._began = time.monotonic()
+        self._call_at = self._began + CALL_SECONDS[0]
 
         def may_grow() -> bool:
-            more = self._largest(len(self._crew.connected()), self._cluster.nodes, first) if first < wanted else 0
-            return more > first and newest_checkpoint(self._run_dir) > began
+            if len(nodes) == wanted:
+                return False
+            self._call_missing()
+            more = self._largest(len(self._crew.connected()), wanted, len(nodes))
+            return more > len(nodes) and newest_checkpoint(self._run_dir) > saved
 
-        wanted = self._cluster.nodes
         attempt = Attempt(self._crew, self._cluster, nodes, lambda: self._stops, may_grow, self._progress)
         return attempt.run(orders)
 

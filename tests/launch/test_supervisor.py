@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT
+from train.heartbeat import read_beats
 
 pytestmark = pytest.mark.distributed
 
@@ -25,6 +27,7 @@ class Job:
     """A job on `nodes` agents of this machine, each reached by a stand-in for ssh."""
 
     def __init__(self, folder: Path, nodes: int, *words: str) -> None:
+        self.patch = ""
         self.run_dir = folder / "我的 run"
         self.run_dir.mkdir(exist_ok=True)
         (folder / "data").mkdir(exist_ok=True)
@@ -34,7 +37,9 @@ class Job:
         shell.write_text(
             f'#!/bin/sh\n[ "$1" = gone ] || [ -e {shlex.quote(str(folder))}/"$1" ] && '
             '{ echo "no route to host" >&2; exit 255; }\n'
-            f'[ "$1" != once ] || : > {shlex.quote(str(folder))}/once\nexec sh -c "$2"\n'
+            f'[ "$1" != once ] || : > {shlex.quote(str(folder))}/once\n'
+            # What is different on a host that came back.
+            f'[ ! -e {shlex.quote(str(folder))}/setup ] || . {shlex.quote(str(folder))}/setup\nexec sh -c "$2"\n'
         )
         shell.chmod(0o755)
         names = [word.removeprefix("hosts=") for word in words if word.startswith("hosts=")]
@@ -63,7 +68,7 @@ class Job:
         environment = {name: value for name, value in os.environ.items() if name != "RANK"}
         # The shipped code holds no tests.
         environment |= {"PYTHONPATH": str(ROOT), **variables}
-        command = [sys.executable, "-c", START, *self.words]
+        command = [sys.executable, "-c", self.patch + START, *self.words]
         return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
 
     def run(self) -> tuple[int, str]:
@@ -145,6 +150,38 @@ def test_a_lost_node(tmp_path, hosts, left, words):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "setup, left",
+    [
+        pytest.param("", {"n0": [0], "once": [1]}, id="it trains again"),
+        pytest.param("export PYTHONPATH={folder}:$PYTHONPATH", {"n0": [0]}, id="with another torch it may not"),
+    ],
+)
+def test_a_node_that_comes_back_later_is_called_and_looked_at_before_it_trains(tmp_path, setup, left):
+    job = Job(tmp_path, 2, "hosts=n0,once", "cluster.min_nodes=1").fault(rank=1, step=7, do="kill agent")
+    job.patch = "import launch.supervisor; launch.supervisor.CALL_SECONDS = (1.0, 1.0); "
+    (tmp_path / "torch-9.9.dist-info").mkdir()
+    (tmp_path / "torch-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
+    process = job.start(FAKE_PACE="1.5")
+    deadline = time.monotonic() + 60
+    while not any(line["kind"] == "recovered" for line in job.lines("events.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (tmp_path / "setup").write_text(setup.format(folder=shlex.quote(str(tmp_path))))
+    (tmp_path / "once").unlink()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert job.history_is_whole()
+    assert "more nodes are there: the job goes on with them" in err
+    assert json.loads((job.run_dir / "launch.json").read_text())["nodes"] == left
+    worlds = [line["world"] for line in job.lines("metrics.jsonl")]
+    assert worlds[5:10] == [1] * 5
+    assert worlds[-1] == len(left)
+    left_out = [event["seen"] for event in job.events() if event["kind"] == "node_left_out"]
+    assert len(left_out) == 2 - len(left)
+    assert all("node once: torch 9.9 differs from" in seen for seen in left_out)
+
+
+@pytest.mark.slow
 def test_what_would_fail_again_is_not_tried_again(tmp_path):
     job = Job(tmp_path, 1, "cluster.max_restarts=1").fault(rank=0, step=3, do="exit:1", always=True)
     status, err = job.run()
@@ -187,6 +224,25 @@ def test_a_signal_that_comes_before_the_ranks_listen_loses_nothing(tmp_path):
     assert process.returncode == 75, err
     assert len(job.lines("metrics.jsonl")) < LAST
     assert job.events() == []
+
+
+def test_an_agent_whose_launcher_was_killed_ends_with_its_ranks(tmp_path):
+    agent = tmp_path / "python"
+    patch = "import sys, launch.node as node; node.REFUSED_SECONDS = 0.5; sys.exit(node.main(sys.argv[3:]))"
+    agent.write_text(f'#!/bin/sh\necho $$ > {tmp_path}/agent\nexec {sys.executable} -c "{patch}" "$@"\n')
+    agent.chmod(0o755)
+    job = Job(tmp_path, 1, f"cluster.ssh.python={agent}")
+    launcher = job.start(FAKE_PACE="60")
+    deadline = time.monotonic() + 60
+    while not (beats := read_beats(job.run_dir)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes = [psutil.Process(int((tmp_path / "agent").read_text())), psutil.Process(beats[0].pid)]
+    launcher.kill()
+    launcher.communicate()
+    _, left = psutil.wait_procs(processes, timeout=20)
+    for process in left:
+        process.kill()
+    assert left == []
 
 
 def test_unreachable_hosts_are_named_before_anything_starts(tmp_path):
