@@ -139,7 +139,7 @@ class Hosts:
     def slow(self, number: int, share: float) -> None:
         """Let the processes that run on a host have so much of one core from now on; needs `cgroups()`."""
         folder = _CGROUP / self.names[number]
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "cpu.cfs_quota_us").write_text(str(int(100_000 * share)))
         found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True, check=True)
         for process in found.stdout.split():
