@@ -37,6 +37,8 @@ BACK_OFF_SECONDS = (0.0, 1.0, 5.0, 30.0, 60.0)
 """Wait before the first, second … restart without progress."""
 CALL_SECONDS = (15.0, 600.0)
 """A job that lacks a node starts its agent again after so long, then at doubling intervals up to the second figure."""
+STEADY_SECONDS = 10.0
+"""A rank is named as a straggler when it has been one for so long."""
 SPARE_BYTES = 64 << 20
 """Free space beyond a checkpoint's size after which a full disk counts as freed."""
 FULL_DISK = "the disk is full"
@@ -60,7 +62,8 @@ class Supervisor:
         self._stops = 0
         self._processes = 1
         self._began = self._call_at = time.monotonic()
-        self._slow: set[int] = set()
+        self._slow: set[tuple[str, int]] = set()
+        self._slow_since: dict[int, float] = {}
         self._restart: tuple[float, int] | None = None
 
     def run(self) -> int:
@@ -339,9 +342,12 @@ class Supervisor:
                 self._restart = None
                 seconds = time.monotonic() - at
                 self._records.event("recovered", f"the first step after {seconds:.1f} s", "goes on", seconds=seconds)
-        for rank, sentence in slow_ranks(ranks):
-            if rank not in self._slow:
-                self._slow.add(rank)
+        now, slow = time.monotonic(), slow_ranks(ranks)
+        self._slow_since = {rank: self._slow_since.get(rank, now) for rank, _ in slow}
+        for rank, sentence in slow:
+            which = (ranks[rank].node, rank)
+            if which not in self._slow and now - self._slow_since[rank] > STEADY_SECONDS:
+                self._slow.add(which)
                 say(sentence)
                 self._records.event("straggler", sentence, "noted", node=ranks[rank].node, rank=rank)
 

@@ -30,7 +30,9 @@ BEAT_SECONDS = 1.0
 SAMPLE_SECONDS = 0.5
 """How often the stacks are looked at; a look takes one or two milliseconds."""
 WINDOW_BEATS = 60
-"""Beats over which `own_seconds` is an average."""
+"""Beats over which `own_seconds` is an average …"""
+FEWEST_BEATS = 20
+"""… and the fewest that make one: two looks a second, each at a rank that computes or waits, count little at first."""
 _BYTES = 1024
 """Length of the file: written in place, it never needs another block of the disk."""
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
@@ -52,7 +54,7 @@ class Beat:
     since: float
     """When the phase or the step last changed."""
     own_seconds: float | None
-    """Seconds a step outside of collectives, over the last minute."""
+    """Seconds a step outside of collectives, over the last minute; None before a third of one."""
     pid: int
     host: str
     startup: dict[str, float] = field(default_factory=dict)
@@ -122,7 +124,8 @@ class Heartbeat:
             last = moment
             if moment >= due:
                 due = moment + BEAT_SECONDS
-                self._window.append((self._step, self._own))
+                if self.startup:  # the first step loads and compiles, each rank as long as it takes
+                    self._window.append((self._step, self._own))
                 self._beat()
 
     def _beat(self) -> None:
@@ -145,7 +148,7 @@ class Heartbeat:
             return
 
     def _own_seconds(self) -> float | None:
-        if len(self._window) < 2:
+        if len(self._window) < FEWEST_BEATS:
             return None
         (first, before), (last, after) = self._window[0], self._window[-1]
         return None if last == first else round((after - before) / (last - first), 4)

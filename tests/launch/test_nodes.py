@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 
 from data_prep.errors import ConfigError
-from launch import flight_recorder
+from launch import flight_recorder, node
 from launch.admission import admit
+from launch.crew import Crew
 from launch.facts import facts, port_taken_by
-from launch.starters import read_hostfile
+from launch.starters import PresentStarter, read_hostfile
 from launch.wire import Link, Switchboard, connect
 from train.cli import compose_train
 
@@ -48,6 +50,26 @@ def test_messages_arrive_whole_and_only_with_the_token():
     assert polled(board, 1) == [(link, None)]
     assert board.links == []
     board.close()
+
+
+def test_a_node_in_reserve_is_not_taken_for_lost(monkeypatch):
+    monkeypatch.setattr(node, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(node, "VOICE_SECONDS", 0.05)
+    board = Switchboard(0, "secret")
+    crew = Crew(board, PresentStarter(["spare"]), silent_seconds=0.5)
+    agent = threading.Thread(target=node.Node("127.0.0.1", board.port, "spare", "secret").run, daemon=True)
+    agent.start()
+    deadline = time.monotonic() + 5
+    while not crew.connected() and time.monotonic() < deadline:
+        crew.poll(0.05)
+    greeted = crew.members["spare"].greeted
+    for _ in range(20):
+        crew.poll(0.05)
+        assert crew.connected() == ["spare"]
+    assert crew.members["spare"].greeted == greeted
+    crew.farewell()
+    agent.join(5)
+    assert not agent.is_alive()
 
 
 def test_a_port_in_use_is_named(monkeypatch):

@@ -143,7 +143,7 @@ def test_a_rank_that_never_comes_to_a_collective_is_named_with_all_stacks(tmp_pa
 def test_a_slow_node_is_named_and_the_job_goes_on(tmp_path, words, expected):
     with Hosts(4) as hosts, job(hosts, tmp_path, *words) as running:
         running.wait_for_step(20)
-        hosts.slow(2, 0.1)
+        hosts.slow(2, 0.03)
         running.wait_for(lambda: running.events("straggler"))
         hosts.slow(2, 4.0)
         running.ends_well()

@@ -36,16 +36,19 @@ ConnectTimeout 5
 
 
 @contextmanager
-def reachable(hosts: Hosts, names: list[str], folder: Path) -> Iterator[str]:
-    """sshd on these hosts, with keys that live in `folder`; yields the ssh command that reaches them."""
+def reachable(hosts: Hosts, names: list[str], folder: Path, *, with_code: bool = False) -> Iterator[str]:
+    """sshd on these hosts, with keys that live in `folder`; yields the ssh command that reaches them.
+
+    with_code: whether the hosts see this checkout.
+    """
     for key in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
     (folder / "sshd_config").write_text(SSHD.format(folder=folder))
     (folder / "ssh_config").write_text(SSH.format(folder=folder))
     Path("/run/sshd").mkdir(exist_ok=True)  # where sshd wants to be alone
     # Mounts of `ip netns exec` are its own: the code is away on these hosts only.
-    hide = " && ".join(f"mount -t tmpfs none '{ROOT / room}'" for room in ROOMS)
-    serve = f"{hide} && exec {which('sshd')} -D -e -f '{folder}/sshd_config'"
+    hide = "" if with_code else "".join(f"mount -t tmpfs none '{ROOT / room}' && " for room in ROOMS)
+    serve = f"{hide}exec {which('sshd')} -D -e -f '{folder}/sshd_config'"
     with ExitStack() as daemons, open(folder / "sshd.log", "ab") as log:
         for name in names:
             daemon = subprocess.Popen(hosts.inside(name, "sh", "-c", serve), stderr=log)
