@@ -1,5 +1,6 @@
 """A Kubernetes manifest from a config: an indexed job with one pod a node, its service and the supervisor in pod 0."""
 
+import json
 import re
 import secrets
 import shlex
@@ -88,7 +89,8 @@ def render(config: Config, words: Sequence[str]) -> str:
     quoted = " ".join(shlex.quote(word) for word in words)
     own = f'cluster.supervisor_port={port} "cluster.supervisor_address=$supervisor"'
     variables = "".join(
-        f"            - {{name: {key}, value: {value!r}}}\n" for key, value in sorted(cluster.environment.items())
+        f"            - {{name: {key}, value: {json.dumps(value)}}}\n"
+        for key, value in sorted(cluster.environment.items())
     )
     cards = cluster.gpus_per_node
     limits = "cpu: 4" if cards is None else f"{kubernetes.gpu_resource}: {cards}"

@@ -130,13 +130,13 @@ def submit(config: Config, file: Path) -> int:
 
 
 def _inside(cluster: ClusterConfig, root: Path) -> str:
-    """What puts a step's command into the container; ends with a space where there is any."""
+    """What puts a step's command into the container, this checkout with it; ends with a space where there is any."""
     slurm = cluster.slurm
-    image, mounts = shlex.quote(slurm.image or ""), ",".join(slurm.mounts)
+    image, mounts = shlex.quote(slurm.image or ""), shlex.quote(",".join([f"{root}:{root}", *slurm.mounts]))
     if slurm.container == "pyxis":
-        return f"--container-image={image} " + (f"--container-mounts={shlex.quote(mounts)} " if mounts else "")
+        return f"--container-image={image} --container-mounts={mounts} --container-workdir={shlex.quote(str(root))} "
     if slurm.container == "apptainer":
-        return f"apptainer exec --nv --bind {shlex.quote(','.join([str(root), *slurm.mounts]))} {image} "
+        return f"apptainer exec --nv --bind {mounts} {image} "
     return ""
 
 

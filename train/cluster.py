@@ -44,7 +44,7 @@ class SlurmConfig:
     image: str | None = None
     """The container's image."""
     mounts: list[str] = field(default_factory=list)
-    """Folders that the container sees, as /host/path:/path/inside."""
+    """Folders that the container sees beside this checkout, as /host/path:/path/inside."""
 
 
 @dataclass

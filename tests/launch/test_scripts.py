@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from data_prep.errors import ConfigError
 from launch import kubernetes, slurm
 from launch.__main__ import main
 from tests import update_golden
+from tests.conftest import ROOT
 from train.cli import compose_train
 
 WORDS = ["cluster=slurm", "cluster.nodes=2", "model=tiny", "data.path=DIR", "run_dir=/runs/我的 run"]
@@ -48,9 +50,12 @@ def test_containers_and_spares_reach_the_script():
     assert "#SBATCH --reservation=glm" in rendered('cluster.slurm.options=["--reservation=glm"]')
     assert "\nmodule load cuda\n" in rendered("cluster.slurm.setup=[module load cuda]")
     pyxis = rendered("cluster.slurm.container=pyxis", image, "cluster.slurm.mounts=['/shared:/shared']")
-    assert pyxis.count("--container-image=/images/glm.sqsh --container-mounts=/shared:/shared") == 2
-    apptainer = rendered("cluster.slurm.container=apptainer", image)
-    assert apptainer.count("apptainer exec --nv --bind") == 2
+    mounts = f"{ROOT}:{ROOT},/shared:/shared"
+    assert (
+        pyxis.count(f"--container-image=/images/glm.sqsh --container-mounts={mounts} --container-workdir={ROOT} ") == 2
+    )
+    apptainer = rendered("cluster.slurm.container=apptainer", image, "cluster.slurm.mounts=['/shared:/shared']")
+    assert apptainer.count(f"apptainer exec --nv --bind {mounts} /images/glm.sqsh ") == 2
     with pytest.raises(ConfigError, match=r"cluster.slurm.container=pyxis needs cluster.slurm.image"):
         rendered("cluster.slurm.container=pyxis")
 
@@ -60,13 +65,45 @@ def test_the_manifest_is_a_service_and_an_indexed_job():
     service, job = yaml.safe_load_all(update_golden.script("kubernetes"))
     assert (service["kind"], service["spec"]["selector"]) == ("Service", {"job-name": job["metadata"]["name"]})
     assert (job["spec"]["completionMode"], job["spec"]["completions"]) == ("Indexed", 2)
-    (container,) = job["spec"]["template"]["spec"]["containers"]
+    container = _container(job)
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     names = {variable["name"]: variable.get("value") for variable in container["env"]}
     assert names["TIANKONG_NODES"] == "tiankong-glm-130b-0,tiankong-glm-130b-1"
     subprocess.run(["bash", "-n", "-c", container["args"][0]], check=True)
     with pytest.raises(ConfigError, match=r"cluster.kubernetes.image is not set"):
         kubernetes.render(compose_train(["cluster=kubernetes", "data.path=DIR"]), [])
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["cluster.gpus_per_node=null", "cluster.processes=2", "cluster.kubernetes.host_network=false"],
+        ["cluster.kubernetes.gpu_resource=amd.com/gpu", "+cluster.environment={NCCL_DEBUG: WARN, ODD: 'a\\\\nb: c'}"],
+    ],
+)
+def test_the_manifest_follows_the_schemas_of_kubernetes(words):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    given = ["cluster=kubernetes", "data.path=DIR", "model=tiny", "cluster.nodes=3", "run_dir=/runs/我的 run"]
+    given += ["cluster.kubernetes.image=registry:5000/glm:1", "cluster.kubernetes.volume_claim=shared", *words]
+    config = compose_train(given)
+    service, job = documents = list(yaml.safe_load_all(kubernetes.render(config, given)))
+    for document in documents:
+        kubernetes_validate.validate(document, "1.37", strict=True)
+    variables = {entry["name"]: entry.get("value") for entry in _container(job)["env"]}
+    assert config.cluster.environment.items() <= variables.items()
+    job["spec"]["completionsMode"] = "Indexed"
+    with pytest.raises(kubernetes_validate.ValidationError, match="completionsMode"):
+        kubernetes_validate.validate(job, "1.37", strict=True)
+    service["spec"]["clusterIP"] = 0
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(service, "1.37", strict=True)
+
+
+def _container(job: dict[str, Any]) -> dict[str, Any]:
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return container
 
 
 @pytest.mark.unit
