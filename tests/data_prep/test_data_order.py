@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import ConfigError
-from data_prep.order import DataPlan, Mixture, Permutation, Schedule, quotas
+from data_prep.order import DataPlan, Draws, Mixture, Permutation, Schedule, mixture_plan, quotas
 
 pytestmark = pytest.mark.unit
 
