@@ -25,7 +25,8 @@ from data_prep.errors import ConfigError, DataError
 from data_prep.files import write_bytes
 from data_prep.html import STYLE, bars, html_table
 from data_prep.language import detect_language
-from data_prep.sources import Document, read_documents, resolve_sources
+from data_prep.reading import Document, read_documents
+from data_prep.sources import resolve_sources
 from data_prep.tokenizer import Tokenizer
 
 _BATCH = 64

@@ -23,8 +23,8 @@ from data_prep.files import write_error, write_json
 from data_prep.language import detect_language
 from data_prep.personal import mask_personal
 from data_prep.quality import figures, limits_of, outside
+from data_prep.reading import Rejected, read_documents
 from data_prep.signatures import Signer, compact
-from data_prep.sources import Rejected, read_documents
 from data_prep.steps.work import DOCUMENT, Work
 from data_prep.tally import Tally
 
@@ -79,7 +79,7 @@ class ReadTask(Step):
     """The documents of this rank's files; what is none comes with its reason."""
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """See `data_prep.sources.read_documents`, whose errors stop the rank."""
+        """See `data_prep.reading.read_documents`, whose errors stop the rank."""
         source = self.work.tasks[rank]
         for item in () if source.adopted else read_documents(source, self.work.config.data):
             self.stat_update("read")
