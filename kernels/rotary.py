@@ -1,6 +1,9 @@
 """Bias + rotary positions on the heads of a packed query-key-value projection.
 
-    θ_i = base^(−2i/R) / scale, angle = position · θ_i, (a, b) → (a·cos − b·sin, b·cos + a·sin)    (Su et al. 2021)
+    θ_i = base^(−2i/R), angle = position · θ'_i, (a, b) → (a·cos − b·sin, b·cos + a·sin)    (Su et al. 2021)
+    θ'_i = θ_i (1 − r_i) + θ_i r_i / scale, r_i = (i − ramp_from) / (ramp_to − ramp_from) within [0, 1]
+
+r_i is 1 for all pairs unless a ramp is given (YaRN, arXiv 2309.00071: fast pairs keep their θ, slow ones are divided).
 
 Pairs (a, b) are dims (i, i + R/2) of the R rotated dims (rotate-half, GLM-130B), or (2i, 2i + 1) when interleaved
 (ChatGLM2). Mode `2d` splits the rotated dims in two: the first half turns by positions[:, 0], the second by
@@ -52,6 +55,17 @@ def check(
         raise ValueError(f"{op}: rotary_dim={rotary_dim}; use a multiple of {step} up to head_dim={head_dim}")
 
 
+def rotary_frequencies(
+    dims: int, base: float, scale: float, ramp_from: float, ramp_to: float, device: torch.device
+) -> Tensor:
+    """θ' of the pairs of one axis that rotates `dims` dims, float32 [dims / 2]."""
+    exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+    theta = 1.0 / torch.pow(torch.full_like(exponent, base), exponent)
+    pair = torch.arange(dims // 2, dtype=torch.float32, device=device)
+    share = ((pair - ramp_from) / (ramp_to - ramp_from)).clamp(0, 1)
+    return theta * (1 - share) + theta / scale * share
+
+
 def rotary_angles(
     positions: Tensor,
     *,
@@ -59,6 +73,8 @@ def rotary_angles(
     mode: str,
     base: float = 10000.0,
     scale: float = 1.0,
+    ramp_from: float = -1.0,
+    ramp_to: float = 0.0,
     fp16_angles: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every pair's angle.
@@ -67,9 +83,7 @@ def rotary_angles(
     half of the pairs belongs to positions[:, 0].
     """
     axes = 2 if mode == "2d" else 1
-    dims = rotary_dim // axes
-    exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=positions.device) / dims
-    inverse = 1.0 / torch.pow(torch.full_like(exponent, base), exponent) / scale
+    inverse = rotary_frequencies(rotary_dim // axes, base, scale, ramp_from, ramp_to, positions.device)
     place = positions[:, :axes].transpose(1, 2)[..., None]  # [batch, length, axes, 1]
     if fp16_angles:
         angle = (place.half() * inverse.half()).flatten(2)
@@ -105,6 +119,8 @@ def rotary(
     interleaved: bool = False,
     base: float = 10000.0,
     scale: float = 1.0,
+    ramp_from: float = -1.0,
+    ramp_to: float = 0.0,
     fp16_angles: bool = False,
 ) -> Tensor:
     """Bias and rotary positions, the PyTorch reference.
@@ -121,7 +137,14 @@ def rotary(
     if mode == "none" or passthrough == period:
         return y.to(x.dtype)
     cos, sin = rotary_angles(
-        positions, rotary_dim=rotary_dim, mode=mode, base=base, scale=scale, fp16_angles=fp16_angles
+        positions,
+        rotary_dim=rotary_dim,
+        mode=mode,
+        base=base,
+        scale=scale,
+        ramp_from=ramp_from,
+        ramp_to=ramp_to,
+        fp16_angles=fp16_angles,
     )
     packed = y.unflatten(2, (-1, period))  # [batch, length, groups, period, head_dim]
     turned, still = packed.split((period - passthrough, passthrough), dim=3)

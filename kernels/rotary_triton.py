@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.operation import operation
-from kernels.rotary import check
+from kernels.rotary import check, rotary_frequencies
 from kernels.shared_triton import column_sums, multiprocessors
 
 TILE_TOKENS = 4
@@ -114,17 +114,19 @@ def _kernel(
 
 
 @functools.cache
-def _inverse(rotary_dim: int, axes: int, base: float, scale: float, fp16: bool, device: torch.device) -> Tensor:
-    """θ of every pair, float32 [rotary_dim / 2], computed as the reference does."""
-    dims = rotary_dim // axes
-    exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
-    theta = 1.0 / torch.pow(torch.full_like(exponent, base), exponent) / scale
+def _inverse(
+    rotary_dim: int, axes: int, base: float, scale: float, ramp_from: float, ramp_to: float, fp16: bool,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """θ' of every pair, float32 [rotary_dim / 2]."""
+    theta = rotary_frequencies(rotary_dim // axes, base, scale, ramp_from, ramp_to, device)
     return (theta.half().float() if fp16 else theta).repeat(axes)
 
 
 def _launch(
     x: Tensor, bias: Tensor | None, positions: Tensor, has_bias: bool, backward: bool, period: int, passthrough: int,
-    rotary_dim: int, axes: int, interleaved: bool, base: float, scale: float, fp16_angles: bool,
+    rotary_dim: int, axes: int, interleaved: bool, base: float, scale: float, ramp_from: float, ramp_to: float,
+    fp16_angles: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Turned x, and the column sums [heads · head_dim] of the result in the backward (else empty)."""
     batch, length, heads, dim = x.shape
@@ -139,7 +141,8 @@ def _launch(
     part = torch.empty(max(1, ranges), 1, heads * dim, dtype=torch.float32, device=x.device) if sums else x.new_empty(0)
     if tokens:
         _kernel[(blocks, ranges)](
-            x, bias, positions, _inverse(rotary_dim, axes, base, scale, fp16_angles, x.device), out, part,
+            x, bias, positions,
+            _inverse(rotary_dim, axes, base, scale, ramp_from, ramp_to, fp16_angles, x.device), out, part,
             tokens, length, tokens_each, positions.stride(0), positions.stride(1),
             HEADS=heads, D=dim, PERIOD=period, TURNED=period - passthrough, PAIRS=pairs, AXIS_PAIRS=pairs // axes,
             INTERLEAVED=interleaved, FP16=fp16_angles, HAS_BIAS=has_bias, BACKWARD=backward,
@@ -155,33 +158,33 @@ def _launch(
 @operation("tiankong::rotary")
 def _forward(
     x: Tensor, bias: Tensor | None, positions: Tensor, period: int, passthrough: int, rotary_dim: int, axes: int,
-    interleaved: bool, base: float, scale: float, fp16_angles: bool,
+    interleaved: bool, base: float, scale: float, ramp_from: float, ramp_to: float, fp16_angles: bool,
 ) -> Tensor:  # fmt: skip
     return _launch(
         x, bias, positions, bias is not None, False, period, passthrough, rotary_dim, axes, interleaved,
-        base, scale, fp16_angles,
+        base, scale, ramp_from, ramp_to, fp16_angles,
     )[0]  # fmt: skip
 
 
 @_forward.fake
-def _(x, bias, positions, period, passthrough, rotary_dim, axes, interleaved, base, scale, fp16_angles):
+def _(x, *options):
     return torch.empty_like(x)
 
 
 @operation("tiankong::rotary_backward")
 def _backward(
     dout: Tensor, positions: Tensor, has_bias: bool, period: int, passthrough: int, rotary_dim: int, axes: int,
-    interleaved: bool, base: float, scale: float, fp16_angles: bool,
+    interleaved: bool, base: float, scale: float, ramp_from: float, ramp_to: float, fp16_angles: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx, and the bias gradient in float32 (empty without a bias)."""
     return _launch(
         dout, None, positions, has_bias, True, period, passthrough, rotary_dim, axes, interleaved,
-        base, scale, fp16_angles,
+        base, scale, ramp_from, ramp_to, fp16_angles,
     )  # fmt: skip
 
 
 @_backward.fake
-def _(dout, positions, has_bias, period, passthrough, rotary_dim, axes, interleaved, base, scale, fp16_angles):
+def _(dout, positions, has_bias, *options):
     width = dout.shape[2] * dout.shape[3] if has_bias else 0
     return torch.empty_like(dout), dout.new_empty(width, dtype=torch.float32)
 
@@ -195,7 +198,7 @@ def _setup(ctx, inputs, output):
 def _derivative(ctx, dout):
     (positions,) = ctx.saved_tensors
     dx, dbias = _backward(dout.contiguous(), positions, ctx.bias_dtype is not None, *ctx.options)
-    return dx, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), *(None,) * 9
+    return dx, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), *(None,) * 11
 
 
 _forward.differentiate(_derivative, _setup)
@@ -213,6 +216,8 @@ def rotary(
     interleaved: bool = False,
     base: float = 10000.0,
     scale: float = 1.0,
+    ramp_from: float = -1.0,
+    ramp_to: float = 0.0,
     fp16_angles: bool = False,
 ) -> Tensor:
     """Bias and rotary positions by the Triton kernel; see `kernels.rotary.rotary`."""
@@ -223,5 +228,5 @@ def rotary(
     positions = positions if positions.stride(2) == 1 else positions.contiguous()
     return _forward(
         x.contiguous(), None if bias is None else bias.contiguous(), positions, period, passthrough,
-        rotary_dim, 2 if mode == "2d" else 1, interleaved, base, scale, fp16_angles,
+        rotary_dim, 2 if mode == "2d" else 1, interleaved, base, scale, ramp_from, ramp_to, fp16_angles,
     )  # fmt: skip

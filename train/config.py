@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.norm_placement": ("deepnorm", "post", "pre", "sandwich", "peri"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.positions": ("rotary_1d", "rotary_2d", "learned_2d", "none"),
-    "model.rotary_scaling": ("none", "linear", "ntk"),
+    "model.rotary_scaling": ("none", "linear", "ntk", "yarn"),
     "model.activation": ("geglu", "swiglu", "gelu", "gelu_tanh"),
     "model.bias": ("all", "qkv", "none"),
     "model.init": ("xavier", "normal"),
@@ -83,10 +83,14 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
     rotary_scaling: str = "none"
-    """none; linear (positions divided by rotary_scaling_factor, arXiv 2306.15595) or ntk (a larger base: the slowest
-    pair of dims turns as with linear, the fastest as before), for a longer context than that of initialize_from."""
+    """none; linear (positions divided by rotary_scaling_factor, arXiv 2306.15595), ntk (a larger base: the slowest
+    pair of dims turns as with linear, the fastest as before) or yarn (pairs that turn often over
+    rotary_original_positions as before, those that turn less than once as with linear, and sharper attention, arXiv
+    2309.00071), for a longer context than that of initialize_from."""
     rotary_scaling_factor: float = 1.0
     """That factor, more than 1 where there is a scaling."""
+    rotary_original_positions: int = 0
+    """For yarn: the sequence length that initialize_from was trained on; 0 with the others."""
     rotary_fp16_angles: bool = False
     """Compute the angles in fp16 as the released GLM-130B does; only to continue from its weights."""
     activation: str = "geglu"

@@ -113,8 +113,13 @@ def _rotary_scaling(model: ModelConfig, head_dim: int) -> None:
     kind, factor = model.rotary_scaling, model.rotary_scaling_factor
     if (kind == "none") != (factor == 1) or factor < 1:
         raise ConfigError(
-            f"model.rotary_scaling_factor={factor:g} with model.rotary_scaling={kind}; use more than 1 with linear or "
-            "ntk, and 1 with none"
+            f"model.rotary_scaling_factor={factor:g} with model.rotary_scaling={kind}; use more than 1 with linear, "
+            "ntk or yarn, and 1 with none"
+        )
+    if (kind == "yarn") != (model.rotary_original_positions > 0):
+        raise ConfigError(
+            f"model.rotary_original_positions={model.rotary_original_positions} with model.rotary_scaling={kind}; give "
+            "the sequence length that the weights were trained on with yarn, and 0 with the others"
         )
     if kind != "none" and not model.positions.startswith("rotary"):
         raise ConfigError(f"model.rotary_scaling={kind} needs rotary positions, not model.positions={model.positions}")

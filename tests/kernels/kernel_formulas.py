@@ -70,7 +70,9 @@ def bias_activation(x, bias, kind):
     return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
 
 
-def rotary(x, bias, positions, *, period, passthrough, rotary_dim, mode, interleaved, base, scale):
+def rotary(
+    x, bias, positions, *, period, passthrough, rotary_dim, mode, interleaved, base, scale, ramp_from=-1, ramp_to=0
+):
     heads, dim = x.shape[2:]
     y = x if bias is None else x + bias.view(heads, dim)
     if mode == "none":
@@ -88,7 +90,9 @@ def rotary(x, bias, positions, *, period, passthrough, rotary_dim, mode, interle
             for i in range(width // 2):
                 first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + width // 2)
                 first, second = axis * width + first, axis * width + second
-                angle = place / scale * base ** (-2 * i / width)
+                turn = base ** (-2 * i / width)
+                divided = min(max((i - ramp_from) / (ramp_to - ramp_from), 0), 1)
+                angle = place * ((1 - divided) * turn + divided * turn / scale)
                 a, b = y[:, :, head, first], y[:, :, head, second]
                 out[head][first] = a * angle.cos() - b * angle.sin()
                 out[head][second] = b * angle.cos() + a * angle.sin()

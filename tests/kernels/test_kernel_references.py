@@ -79,6 +79,7 @@ def test_rotary(dtype, mode, interleaved, rotary_dim, period, passthrough, with_
     positions = torch.randint(0, 300, (2, 2, 9), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
     options = {"period": period, "passthrough": passthrough, "rotary_dim": rotary_dim, "mode": mode}
     options |= {"interleaved": interleaved, "base": 10000.0, "scale": 4.0 if interleaved else 1.0}
+    options |= {"ramp_from": 0.5, "ramp_to": 1.75} if interleaved and mode == "2d" else {}
     inputs = [x, bias] if with_bias else [x]
     wide = [as64(t) for t in inputs]
     out = rotary(x, bias if with_bias else None, positions, **options)

@@ -126,6 +126,7 @@ else:
         positions = meta.to(DEVICE)[:, :2]
         options = {"period": period, "passthrough": passthrough, "rotary_dim": rotary_dim, "mode": mode}
         options |= {"interleaved": interleaved, "base": 10000.0, "scale": 4.0 if interleaved else 1.0}
+        options |= {"ramp_from": 0.5, "ramp_to": 1.75} if interleaved and mode == "2d" else {}
         wide = [as64(t) for t in inputs]
         out = rotary(inputs[0], inputs[1] if with_bias else None, positions, **options)
         expected = formulas.rotary(wide[0], wide[1] if with_bias else None, positions, **options)
@@ -231,7 +232,7 @@ else:
         torch.library.opcheck(ops.bias_activation, (x, v[0], 0), test_utils=checks)
         positions = torch.zeros(2, 2, 3, dtype=torch.int32, device=DEVICE)
         heads = tensor(2, 3, 3, 8, seed=4)
-        angles = (3, 1, 8, 1, False, 1e4, 1.0, False)
+        angles = (3, 1, 8, 1, False, 1e4, 1.0, -1.0, 0.0, False)
         torch.library.opcheck(ops.rotary, (heads, None, positions, *angles), test_utils=checks)
         q = tensor(1, 20, 2, 16, seed=5)
         start, stop = (t.to(DEVICE) for t in intervals("causal", 1, 20, 20))

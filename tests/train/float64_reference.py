@@ -138,6 +138,10 @@ class Reference:
         if self.m.qk_norm:
             queries = [self.head_norm(f"{name}.query_norm", query) for query in queries]
             keys = [self.head_norm(f"{name}.key_norm", key) for key in keys]
+        if self.m.rotary_scaling == "yarn":
+            # The paper's code folds the temperature into the cosines and sines, once on either side.
+            sharper = 0.1 * math.log(self.m.rotary_scaling_factor) + 1
+            queries, keys = [query * sharper for query in queries], [key * sharper for key in keys]
         for query, key, value in zip(queries, keys, values, strict=True):
             scores = self.rotated(query, positions) @ self.rotated(key, positions).T / (factor * math.sqrt(dim))
             scores = (scores * factor).masked_fill(~mask, -math.inf)
@@ -160,7 +164,8 @@ class Reference:
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         """Each pair of dims as a complex number, multiplied by exp(i * position * base^(-2j / dims)).
 
-        Linear scaling divides every frequency by the factor f; the ntk one divides pair j's by f^(2j / (dims - 2)).
+        Linear scaling divides every frequency by the factor f; the ntk one divides pair j's by f^(2j / (dims - 2));
+        yarn keeps the fast ones, divides the slow ones and goes from one to the other between them.
         """
         half = x.shape[1] // 2
         if self.m.rotary_fp16_angles:
@@ -170,8 +175,17 @@ class Reference:
             cos, sin = (torch.from_numpy(f(product).astype(np.float64)) for f in (np.cos, np.sin))
         else:
             frequency = torch.tensor([self.m.rotary_base ** (-2 * j / (2 * half)) for j in range(half)]).double()
-            share = {"none": 0.0, "linear": torch.ones(half).double(), "ntk": torch.arange(half).double() / (half - 1)}
-            frequency = frequency / self.m.rotary_scaling_factor ** share[self.m.rotary_scaling]
+            factor, pairs = self.m.rotary_scaling_factor, torch.arange(half).double()
+            if self.m.rotary_scaling == "yarn":
+                # Wavelengths in number of pairs: 2 pi b^(j / half) is a 32nd of the original length, and all of it.
+                length = self.m.rotary_original_positions / (2 * math.pi)
+                fast, slow = (half * math.log(length / turns, self.m.rotary_base) for turns in (32, 1))
+                fast, slow = max(math.floor(fast), 0), min(math.ceil(slow), 2 * half - 1)
+                kept = torch.tensor([min(max((slow - j) / (slow - fast), 0), 1) for j in range(half)]).double()
+                frequency = frequency * kept + frequency / factor * (1 - kept)
+            else:
+                share = {"none": 0 * pairs, "linear": torch.ones(half).double(), "ntk": pairs / (half - 1)}
+                frequency = frequency / factor ** share[self.m.rotary_scaling]
             angle = positions.double()[:, None] * frequency
             cos, sin = torch.cos(angle), torch.sin(angle)
         even = slice(0, None, 2) if self.m.rotary_interleaved else slice(0, half)

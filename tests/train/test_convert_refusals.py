@@ -202,6 +202,15 @@ def test_a_model_whose_context_sees_itself_is_not_causal(tmp_path, tiny_dataset,
     assert "data.sampling.objective=blank_infilling" in message
 
 
+def test_a_scaling_that_the_format_is_not_asked_to_carry(tmp_path, tiny_dataset, capsys):
+    scaling = {"rotary_scaling": "yarn", "rotary_scaling_factor": 4.0, "rotary_original_positions": 64}
+    model = model_of(**MODELS["llama"], **scaling)
+    config = config_of(model, objective="causal")
+    source = write_checkpoint(tmp_path / "source", config, weights_of(model), tiny_dataset)
+    message = refused(capsys, EXIT_CONFIG, source, tmp_path / "target", "format=llama")
+    assert "model.rotary_scaling=yarn cannot be written as format=llama" in message
+
+
 def test_values_beyond_fp16(tmp_path, tiny_dataset, capsys):
     model = model_of()
     weights = weights_of(model)

@@ -18,6 +18,7 @@ from data_prep.errors import ConfigError
 from data_prep.samples import Sampler
 from data_prep.sources import BUNDLED
 from data_prep.tokenizer import SPECIALS, Tokenizer
+from kernels.rotary import rotary_angles
 from tests.data_prep.tokenizer_files import byte_level, ice_text_model, metaspace
 from tests.train.convert_helpers import (
     CAUSAL,
@@ -36,17 +37,23 @@ from train.convert.vocabulary import Vocabulary
 from train.generation.blanks import fill
 from train.generation.picking import Decoding
 from train.labels import inputs
+from train.mesh import Mesh
+from train.model.build import Model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
+ROPE_INIT_FUNCTIONS = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
+YARN = {"rotary_scaling": "yarn", "rotary_scaling_factor": 4.0, "rotary_original_positions": 2048}
 OWN = [
     ("blank_infilling", {}),
     ("blank_infilling", {"rotary_fp16_angles": True, "norm_placement": "post"}),
     ("causal", {"rotary_scaling": "linear", "rotary_scaling_factor": 4.0}),
     ("causal", {"rotary_scaling": "ntk", "rotary_scaling_factor": 4.0}),
+    ("blank_infilling", YARN),
+    ("causal", {**YARN, **CHATGLM}),
     ("blank_infilling", CHATGLM),
     ("blank_infilling", {"positions": "learned_2d", "norm_placement": "sandwich", "activation": "gelu"}),
     ("causal", CAUSAL),
@@ -202,3 +209,38 @@ def test_special_tokens_among_the_pieces_do_not_convert(tmp_path):
     tokenizer = Tokenizer.load(byte_level(tmp_path / "brought.json", TEXTS))
     with pytest.raises(ConfigError, match=r"brought\.json: some special tokens stand among its pieces"):
         Vocabulary(tokenizer, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("dim", "fraction", "base", "factor", "before"),
+    [
+        (128, 1.0, 1e4, 4.0, 2048),
+        (128, 0.5, 1e4, 16.0, 4096),
+        (64, 1.0, 5e5, 40.0, 8192),
+        (8, 1.0, 1e4, 8.0, 2048),
+        # Every pair turns less than 32 times; the last one more than once.
+        (32, 1.0, 10.0, 2.0, 150),
+    ],
+)
+def test_yarn_is_that_of_transformers(dim, fraction, base, factor, before):
+    """Frequencies, and the factor that transformers puts on queries and keys and we on their product."""
+    model = model_of(
+        hidden_size=4 * dim,
+        num_heads=4,
+        rotary_base=base,
+        rotary_fraction=fraction,
+        rotary_scaling="yarn",
+        rotary_scaling_factor=factor,
+        rotary_original_positions=before,
+    )
+    context = Model(config_of(model, objective="causal"), Mesh.single(), torch.float32).context
+    rotated = round(dim * fraction)
+    angles = rotary_angles(
+        torch.ones(1, 2, 1, dtype=torch.int32), rotary_dim=rotated, mode="1d", **context.rotary_options
+    )
+    config = transformers.LlamaConfig(hidden_size=4 * dim, num_attention_heads=4, max_position_embeddings=9 * before)
+    config.rope_parameters = {"rope_type": "yarn", "rope_theta": base, "factor": factor}
+    config.rope_parameters |= {"original_max_position_embeddings": before, "partial_rotary_factor": fraction}
+    wanted, on_each = ROPE_INIT_FUNCTIONS["yarn"](config)
+    torch.testing.assert_close(torch.atan2(angles[1], angles[0])[0, 0], wanted, rtol=2e-6, atol=1e-9)
+    assert context.attention_scale == pytest.approx(dim**-0.5 * on_each**2, rel=1e-12)

@@ -38,6 +38,7 @@ BASE = ModelConfig(
     max_positions=SLOTS,
 )
 """GLM-130B's layer."""
+YARN = {"rotary_scaling": "yarn", "rotary_scaling_factor": 8.0, "rotary_original_positions": 2048}
 MODELS = {
     "glm_130b": {},
     "glm_130b_fp16_angles": {"rotary_fp16_angles": True},
@@ -61,6 +62,9 @@ MODELS = {
     "rotary_linear": {"rotary_scaling": "linear", "rotary_scaling_factor": 4.0, "rotary_fraction": 0.5},
     "rotary_ntk": {"rotary_scaling": "ntk", "rotary_scaling_factor": 8.0},
     "rotary_ntk_2d": {"rotary_scaling": "ntk", "rotary_scaling_factor": 8.0, "positions": "rotary_2d"},
+    "rotary_yarn": {**YARN},
+    "rotary_yarn_2d": {**YARN, "positions": "rotary_2d"},
+    "rotary_yarn_partial": {**YARN, "rotary_fraction": 0.5, "qk_norm": True},
     "learned_2d": {"positions": "learned_2d"},
     "no_positions": {"positions": "none"},
     "gelu": {"activation": "gelu"},
@@ -224,6 +228,7 @@ def test_each_attention_on_a_cpu_is_that_of_float64(model, attention):
         {"norm_eps": 1e-2},
         {"rotary_base": 9000.0},
         {"rotary_scaling": "ntk", "rotary_scaling_factor": 1.1},
+        {"rotary_scaling": "yarn", "rotary_scaling_factor": 1.1, "rotary_original_positions": 2048},
     ],
     ids=str,
 )

@@ -361,8 +361,8 @@ def test_initialize_from_takes_the_weights_alone(
 ) -> None:
     run_dir = tmp_path / "run"
     # A context twice as long, to which the positions are squeezed.
-    longer = ["sequence_length=128", "model.max_positions=128", "model.rotary_scaling=linear"]
-    longer.append("model.rotary_scaling_factor=2")
+    longer = ["sequence_length=128", "model.max_positions=128", "model.rotary_scaling=yarn"]
+    longer += ["model.rotary_scaling_factor=2", "model.rotary_original_positions=64"]
     command("train", *overrides, *longer, f"run_dir={run_dir}", f"initialize_from={whole_run}", "max_steps=2")
     fresh, before = lines(run_dir), lines(whole_run)
     assert fresh[0]["consumed_samples"] == before[0]["consumed_samples"]

@@ -68,6 +68,12 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
         {"model__rotary_scaling": "ntk", "model__rotary_scaling_factor": 2.0, "model__head_dim": 2},
         None,
     ),
+    (
+        "model.rotary_original_positions",
+        {"model__rotary_scaling": "yarn", "model__rotary_scaling_factor": 2.0},
+        None,
+    ),
+    ("model.rotary_original_positions", {"model__rotary_original_positions": 2048}, None),
     ("model.positions", {"model__positions": "rotary_2d", "model__head_dim": 6}, None),
     ("model.hidden_dropout", {"model__hidden_dropout": 1.0}, None),
     ("model.attention_dropout", {"model__attention_dropout": -0.1}, None),

@@ -1,5 +1,6 @@
 """What every layer is handed besides its input: the model's shape, the mesh, the kernels and the seed."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ State = tuple[Tensor, Tensor, Tensor]
 """What flows from layer to layer and from stage to stage: hidden [B,S,H] (with sequence parallelism this rank's share
 of S; the embedding takes tokens int64 [B,S] in its place), meta int64 [B,4,S] (two position rows, attend_from,
 attend_to), sample_index int64 [B]."""
+
+YARN_FAST, YARN_SLOW = 32, 1
+"""Turns over the original positions from which yarn leaves a pair alone, and to which it divides its frequency."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +103,35 @@ class Context:
         return self.model.deepnorm_alpha or (2.0 * self.model.num_layers) ** 0.5
 
     @property
-    def rotary_base_and_scale(self) -> tuple[float, float]:
-        """Base of the rotary frequencies and divisor of the positions, after model.rotary_scaling.
+    def rotary_options(self) -> dict[str, float]:
+        """What model.rotary_scaling makes of the rotary frequencies, as options of `kernels.rotary`.
 
         ntk: base · factor^(d/(d−2)) over the d dims of an axis, so that θ of the last pair, base^−(d−2)/d, is divided
-        by the factor and that of the first, 1, is kept.
+        by the factor and that of the first, 1, is kept. yarn (arXiv 2309.00071, section 3.2): pair i turns
+        n = P θ_i / 2π times over the P positions of before; those with n ≥ 32 are kept, with n ≤ 1 divided, and between
+        them it goes by the number of the pair, rounded outwards, as in the paper's code.
         """
         model = self.model
-        factor = model.rotary_scaling_factor
+        base, factor = model.rotary_base, model.rotary_scaling_factor
+        dims = round(self.head_dim * model.rotary_fraction) // (2 if model.positions == "rotary_2d" else 1)
         if model.rotary_scaling == "ntk":
-            dims = round(self.head_dim * model.rotary_fraction) // (2 if model.positions == "rotary_2d" else 1)
-            return model.rotary_base * factor ** (dims / (dims - 2)), 1.0
-        return model.rotary_base, factor if model.rotary_scaling == "linear" else 1.0
+            return {"base": base * factor ** (dims / (dims - 2))}
+        if model.rotary_scaling == "yarn":
+
+            def pair_that_turns(times: int) -> float:
+                turns = model.rotary_original_positions / (2 * math.pi * times)
+                return dims * math.log(turns) / (2 * math.log(base))
+
+            first = max(float(math.floor(pair_that_turns(YARN_FAST))), 0.0)
+            last = min(float(math.ceil(pair_that_turns(YARN_SLOW))), dims - 1.0)
+            return {"base": base, "scale": factor, "ramp_from": first, "ramp_to": max(last, first + 1e-3)}
+        return {"base": base, "scale": factor}
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the scores: 1/√D, times yarn's 1/t = (0.1 ln factor + 1)² (its section 3.4)."""
+        factor = self.model.rotary_scaling_factor if self.model.rotary_scaling == "yarn" else 1.0
+        return float(self.head_dim**-0.5 * (0.1 * math.log(factor) + 1) ** 2)
 
     def std(self, fan_in: int, fan_out: int, *, branch: bool) -> float:
         """Deviation of a matrix's initial values. branch: the matrices that DeepNorm damps (value, output, FFN)."""

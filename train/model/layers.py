@@ -107,7 +107,7 @@ class Attention(nn.Module):
         if self.cache is not None and step is not None and x.shape[1] == 1:
             place = meta[:, 4].to(torch.int32)
             buffers = self.cache.buffers(key, value)
-            out = step(query, key, value, *buffers, place, attend_from, attend_to, scale=context.head_dim**-0.5)
+            out = step(query, key, value, *buffers, place, attend_from, attend_to, scale=context.attention_scale)
             return context.row_parallel(out.flatten(2), self.dense_weight)
         extra: dict[str, int] = {}
         if self.cache is not None:
@@ -123,7 +123,7 @@ class Attention(nn.Module):
             value,
             attend_from,
             attend_to,
-            scale=context.head_dim**-0.5,
+            scale=context.attention_scale,
             alpha=context.logit_scale(self.layer),
             softcap=0.0,
             dropout=context.dropout(
@@ -193,7 +193,6 @@ class Attention(nn.Module):
     def _rotate(self, x: Tensor, bias: Tensor | None, positions: Tensor, *, period: int, passthrough: int) -> Tensor:
         model = self.context.model
         modes = {"rotary_1d": "1d", "rotary_2d": "2d"}
-        base, scale = self.context.rotary_base_and_scale
         return self.context.ops.rotary(
             x,
             bias,
@@ -203,9 +202,8 @@ class Attention(nn.Module):
             rotary_dim=round(self.context.head_dim * model.rotary_fraction),
             mode=modes.get(model.positions, "none"),
             interleaved=model.rotary_interleaved,
-            base=base,
-            scale=scale,
             fp16_angles=model.rotary_fp16_angles,
+            **self.context.rotary_options,
         )
 
 

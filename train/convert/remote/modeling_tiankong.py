@@ -55,7 +55,17 @@ def rotate(x, positions, config):
     factor = 1.0 if scaling == "none" else config.rotary_scaling_factor
     base = config.rotary_base * (factor ** (dims / (dims - 2)) if scaling == "ntk" else 1.0)
     inverse = base ** -(torch.arange(0, dims, 2, dtype=torch.float32, device=x.device) / dims)
-    inverse = inverse / factor if scaling == "linear" else inverse
+    if scaling == "linear":
+        inverse = inverse / factor
+    if scaling == "yarn":
+        at = [
+            dims * math.log(config.rotary_original_positions / (2 * math.pi * n)) / (2 * math.log(base))
+            for n in (32, 1)
+        ]
+        first, last = max(math.floor(at[0]), 0), min(math.ceil(at[1]), dims - 1)
+        pair = torch.arange(dims // 2, dtype=torch.float32, device=x.device)
+        share = ((pair - first) / (max(last, first + 1e-3) - first)).clamp(0, 1)
+        inverse = inverse * (1 - share) + inverse / factor * share
     place = positions[:, :axes].transpose(1, 2)[:, :, None, :, None]  # [batch, slots, 1, axes, 1]
     if config.rotary_fp16_angles:  # as GLM-130B's released code
         angle = place.half() * inverse.half()
@@ -87,6 +97,9 @@ class Attention(nn.Module):
         else:
             self.query = nn.Linear(config.hidden_size, self.heads * self.dim, bias=bias)
             self.key_value = nn.Linear(config.hidden_size, 2 * self.groups * self.dim, bias=bias)
+        yarn = getattr(config, "rotary_scaling", "none") == "yarn"
+        sharper = 0.1 * math.log(config.rotary_scaling_factor) + 1 if yarn else 1.0
+        self.scale = self.dim**-0.5 * sharper**2
         self.dense = nn.Linear(self.heads * self.dim, config.hidden_size, bias=config.bias == "all")
 
     def forward(self, x, positions, visible, cache):
@@ -100,7 +113,12 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.index)
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible[..., : key.shape[2]], enable_gqa=self.groups != self.heads
+            query,
+            key,
+            value,
+            attn_mask=visible[..., : key.shape[2]],
+            scale=self.scale,
+            enable_gqa=self.groups != self.heads,
         )
         return self.dense(out.transpose(1, 2).flatten(2))
 
