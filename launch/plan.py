@@ -301,6 +301,7 @@ def _layout_record(candidate: Candidate) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence_parallel,
         "activation_checkpointing": parallel.activation_checkpointing,
         "activation_checkpointing_every_layers": parallel.activation_checkpointing_every_layers,
+        "offload_optimizer": parallel.offload_optimizer,
         "micro_batch_size": candidate.config.micro_batch_size,
         "memory_gib": candidate.memory.total / 2**30,
         "memory": candidate.memory.kinds(),

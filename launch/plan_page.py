@@ -137,6 +137,8 @@ def _what_ifs(rows: Sequence[Record]) -> str:
 
 def _short_layout(one: Record) -> str:
     recompute = {"none": "", "full": " R"}.get(one["activation_checkpointing"], f" {one['activation_checkpointing']}")
+    every = one["activation_checkpointing_every_layers"]
+    recompute += (f"/{every}" if every > 1 else "") + (" host" if one["offload_optimizer"] else "")
     return (
         f"{one['tensor_parallel']}×{one['pipeline_parallel']}×{one['data_parallel']:g} Z{one['zero_stage']}{recompute} "
         f"b{one['micro_batch_size']}"

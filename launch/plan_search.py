@@ -5,7 +5,7 @@ The trainer's own rules decide what may be tried (`train/rules.py`); the rest is
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from data_prep.errors import ConfigError
@@ -16,6 +16,8 @@ from train.memory import Memory, peak_memory, whole_micro_batches
 from train.rules import check_shape, check_world, divisors
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+EVERY_LAYERS = (1, 2, 4)
+"""Of which layers one is recomputed."""
 FRAGMENTATION = 0.05
 """Share of what comes and goes in a step that the allocator cannot use again."""
 RUNTIME_BYTES = 1.5 * 2**30
@@ -47,7 +49,7 @@ class Candidate:
     data_parallel: float
     memory: Memory
     step: StepSeconds | None
-    """None where the memory alone was asked for."""
+    """None where the memory alone was asked for, or does not do."""
     fits: bool
 
     @property
@@ -64,13 +66,19 @@ class Candidate:
     def describe(self) -> str:
         """`TP 4 x PP 8 x DP 24, ZeRO 1, full recompute, micro-batch 1`."""
         parallel = self.config.parallel
-        recompute, every = parallel.activation_checkpointing, parallel.activation_checkpointing_every_layers
-        recompute += f" (1 layer of {every})" if every > 1 else ""
         shares = ", sequence shares" if parallel.sequence_parallel else ""
         return (
             f"TP {parallel.tensor_parallel} x PP {parallel.pipeline_parallel} x DP {self.data_parallel:g}, "
-            f"ZeRO {parallel.zero_stage}{shares}, {recompute} recompute, micro-batch {self.config.micro_batch_size}"
+            f"ZeRO {parallel.zero_stage}{shares}, {self.savings()}, micro-batch {self.config.micro_batch_size}"
         )
+
+    def savings(self) -> str:
+        """What it does to save memory: `full recompute (1 layer of 2), moments on the host`."""
+        parallel = self.config.parallel
+        every = parallel.activation_checkpointing_every_layers
+        some = f" (1 layer of {every})" if every > 1 else ""
+        host = ", moments on the host" if parallel.offload_optimizer else ""
+        return f"{parallel.activation_checkpointing} recompute{some}{host}"
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,18 @@ class Search:
     lost: list[tuple[Layout, str]]
     """Each tensor- and pipeline-parallel size that is not the best one's, and why."""
     tried: int
+    """Trials, without those that cannot be the fastest."""
     smallest: Candidate | None
     """The one that needs least memory, whether it fits or not; None where the rules take none."""
 
 
 def evaluate(config: Config, cluster: Cluster, shares: Shares, *, timed: bool = True) -> Candidate:
     """Memory and time of one layout; the data-parallel size need not be whole."""
+    candidate = _sized(config, cluster, shares)
+    return _timed(candidate, cluster, shares) if timed else candidate
+
+
+def _sized(config: Config, cluster: Cluster, shares: Shares) -> Candidate:
     parallel = config.parallel
     data = cluster.world / (parallel.tensor_parallel * parallel.pipeline_parallel)
     memory = peak_memory(
@@ -99,8 +113,12 @@ def evaluate(config: Config, cluster: Cluster, shares: Shares, *, timed: bool = 
         runtime_bytes=RUNTIME_BYTES,
     )
     limit = cluster.hardware.memory_gib
-    step = CostModel(config, cluster.hardware, cluster.gpus_per_node, data, shares).step() if timed else None
-    return Candidate(config, data, memory, step, fits=limit is not None and memory.total <= limit * 2**30)
+    return Candidate(config, data, memory, None, fits=limit is not None and memory.total <= limit * 2**30)
+
+
+def _timed(candidate: Candidate, cluster: Cluster, shares: Shares) -> Candidate:
+    cost = CostModel(candidate.config, cluster.hardware, cluster.gpus_per_node, candidate.data_parallel, shares)
+    return replace(candidate, step=cost.step())
 
 
 def search(config: Config, cluster: Cluster, shares: Shares) -> Search:
@@ -111,15 +129,19 @@ def search(config: Config, cluster: Cluster, shares: Shares) -> Search:
     smallest: Candidate | None = None
     tried = 0
     for layout in _layouts(config, cluster):
-        for trial in _variants(config, layout):
+
+        def sized(trial: Config, layout: Layout = layout) -> Candidate | None:
             try:
                 check_shape(trial)
                 check_world(trial, cluster.world)
             except ConfigError as error:
                 refused.setdefault(layout, str(error))
-                continue
+                return None
+            return _sized(trial, cluster, shares)
+
+        for one in _variants(config, layout, sized):
             tried += 1
-            candidate = evaluate(trial, cluster, shares)
+            candidate = _timed(one, cluster, shares) if one.fits else one
             if smallest is None or candidate.memory.total < smallest.memory.total:
                 smallest = candidate
             if candidate.fits:
@@ -149,14 +171,16 @@ def _layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:
             yield tensor, pipeline
 
 
-def _variants(config: Config, layout: Layout) -> Iterator[Config]:
+def _variants(config: Config, layout: Layout, sized: Callable[[Config], Candidate | None]) -> Iterator[Candidate]:
+    """What might be fastest in a layout, by size: what only saves memory is not tried where there is enough.
+
+    sized: a trial's memory, None where the rules refuse it.
+    """
     tensor, pipeline = layout
+    cut = config.parallel.layers_per_stage if pipeline == config.parallel.pipeline_parallel else []
     zero_stages = (1, 2, 3) if pipeline == 1 else (1,)
     sequence_shares = (False, True) if tensor > 1 else (False,)
-    recomputes = CHOICES["parallel.activation_checkpointing"]
-    every = config.parallel.activation_checkpointing_every_layers
-    cut = config.parallel.layers_per_stage if pipeline == config.parallel.pipeline_parallel else []
-    for zero, sequence, recompute in itertools.product(zero_stages, sequence_shares, recomputes):
+    for zero, sequence in itertools.product(zero_stages, sequence_shares):
         parallel = replace(
             config.parallel,
             tensor_parallel=tensor,
@@ -164,12 +188,44 @@ def _variants(config: Config, layout: Layout) -> Iterator[Config]:
             layers_per_stage=cut,
             zero_stage=zero,
             sequence_parallel=sequence,
-            activation_checkpointing=recompute,
-            activation_checkpointing_every_layers=1 if recompute == "none" else every,
             overlap_communication=zero > 1,
         )
         for micro in MICRO_BATCHES:
-            yield replace(config, parallel=parallel, micro_batch_size=micro)
+            trial = replace(config, parallel=parallel, micro_batch_size=micro)
+            found = [one for one in _saving(trial, sized) if one is not None]
+            yield from found
+            if found and not any(one.fits for one in found):
+                break  # larger ones need more
+
+
+def _saving(trial: Config, sized: Callable[[Config], Candidate | None]) -> Iterator[Candidate | None]:
+    """A trial as it is, and, while it does not fit, with ever more of what saves memory and costs time."""
+
+    def tried(mode: str, every: int) -> Iterator[Candidate | None]:
+        for offload in (False, True):
+            parallel = replace(
+                trial.parallel,
+                activation_checkpointing=mode,
+                activation_checkpointing_every_layers=every,
+                offload_optimizer=offload,
+            )
+            candidate = sized(replace(trial, parallel=parallel))
+            yield candidate
+            if candidate is None or candidate.fits:
+                return
+
+    plain, *saved = tried("none", 1)
+    yield from (plain, *saved)
+    if plain is None or plain.fits:
+        return
+    for mode in CHOICES["parallel.activation_checkpointing"]:
+        if mode == "none":
+            continue
+        for every in EVERY_LAYERS:
+            found = list(tried(mode, every))
+            yield from found
+            if not any(one is not None and one.fits for one in found):
+                break  # fewer recomputed layers need more
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float]:
@@ -182,8 +238,8 @@ def _why(candidate: Candidate, winner: Candidate | None, cluster: Cluster) -> st
         kinds = candidate.memory.kinds()
         largest = max(kinds, key=lambda kind: kinds[kind])
         return (
-            f"does not fit: {candidate.memory.total / 2**30:.1f} GiB of {cluster.hardware.memory_gib:g} at best, "
-            f"{kinds[largest] / 2**30:.1f} of them {largest}"
+            f"does not fit: {candidate.memory.total / 2**30:.1f} GiB of {cluster.hardware.memory_gib:g} at best "
+            f"({candidate.savings()}), {kinds[largest] / 2**30:.1f} of them {largest}"
         )
     assert winner is not None
     assert candidate.step is not None
@@ -193,8 +249,8 @@ def _why(candidate: Candidate, winner: Candidate | None, cluster: Cluster) -> st
     names = {"tensor": "tensor-parallel communication", "send": "pipeline sends", "gather": "ZeRO's gathers"}
     names |= {"reduce": "gradient reduction", "compute": "computation", "optimizer": "the optimizer"}
     return (
-        f"{candidate.seconds / winner.seconds:.2f} x the time: {mine[worst] - theirs[worst]:+.2f} s of "
-        f"{names.get(worst, worst)}"
+        f"{candidate.seconds / winner.seconds:.2f} x the time ({candidate.savings()}): "
+        f"{mine[worst] - theirs[worst]:+.2f} s of {names.get(worst, worst)}"
     )
 
 

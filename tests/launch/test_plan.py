@@ -1,5 +1,7 @@
 """The planner against published runs, measured steps and its own parts; what bad input gets."""
 
+import contextlib
+import itertools
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,9 +14,10 @@ from launch import plan as planner
 from launch.hardware import TABLE, find
 from launch.plan_cost import CostModel, Shares
 from launch.plan_data import mixture_shares
-from launch.plan_search import evaluate, follows_slides, search
+from launch.plan_search import EVERY_LAYERS, MICRO_BATCHES, evaluate, follows_slides, search
 from tests.launch.plan_helpers import planned
 from train.arithmetic import hardware_flops_per_token
+from train.config import CHOICES
 from train.memory import peak_memory
 from train.rules import check_shape, check_world
 
@@ -128,6 +131,47 @@ def test_the_search_keeps_the_rules_and_finds_what_nobody_beats():
     assert "tensor-parallel communication" in why[(16, 4)]
     # The published rule of thumb comes out of the costs: tensor parallelism stays inside a node.
     assert follows_slides(found.best[0], cluster)
+
+
+def test_what_the_search_leaves_out_is_never_the_fastest():
+    """Against every combination, on two devices so small that recomputation and host memory are needed."""
+    words = ["model=1b", "cluster=h100", "cluster.nodes=1", "cluster.gpus_per_node=2", "planner.memory_gib=16"]
+    config = planned(*words, "global_batch_size=32")
+    cluster, shares = planner.cluster_of(config), planner.shares_of(config)
+    fastest: dict[tuple[int, int], float] = {}
+    for layout, zero, sequence, mode, every, offload, micro in itertools.product(
+        [(1, 1), (1, 2), (2, 1)],
+        (1, 2, 3),
+        (False, True),
+        CHOICES["parallel.activation_checkpointing"],
+        EVERY_LAYERS,
+        (False, True),
+        MICRO_BATCHES,
+    ):
+        parallel = replace(
+            config.parallel,
+            tensor_parallel=layout[0],
+            pipeline_parallel=layout[1],
+            zero_stage=zero,
+            sequence_parallel=sequence,
+            activation_checkpointing=mode,
+            activation_checkpointing_every_layers=every,
+            offload_optimizer=offload,
+            overlap_communication=zero > 1,
+        )
+        trial = replace(config, parallel=parallel, micro_batch_size=micro)
+        with contextlib.suppress(ConfigError):
+            check_shape(trial)
+            check_world(trial, cluster.world)
+            if evaluate(trial, cluster, shares, timed=False).fits:
+                seconds = evaluate(trial, cluster, shares).seconds
+                fastest[layout] = min(seconds, fastest.get(layout, seconds))
+    found = search(config, cluster, shares)
+    assert {layout: min(one.seconds for one in found.best if one.layout == layout) for layout in fastest} == fastest
+    assert {one.layout for one in found.best} == set(fastest)
+    savings = {one.savings() for one in found.best}
+    assert any("moments on the host" in one for one in savings)
+    assert any("1 layer of" in one for one in savings)
 
 
 def test_the_run_s_own_layout_fits_its_machines_in_fp16():
