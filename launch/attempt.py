@@ -111,7 +111,11 @@ class Attempt:
             self._tell("stop")
         while self._stops < asked:
             self._stops += 1
-            self._tell("stop" if self._stops == 1 else "abort")
+            if self._stops > 1:
+                self._tell("abort")
+            elif not self._growing:
+                # To grow they save already: the ranks would take another word for a second signal, and end.
+                self._tell("stop")
 
     def _tell(self, kind: str) -> None:
         for name in self.nodes:

@@ -1,13 +1,15 @@
 """One live run a folder: a lock that dies with its process.
 
-The kernel's lock on the file is the proof on one machine. Across machines not every shared file system passes it on, so
-the holder also touches the file every few seconds: a lock left behind by another host is watched for a while, and
-taken over only when nothing touches it any more.
+The kernel's lock on the file is the proof on one machine. Across machines it is none: some shared file systems do not
+pass it on, others keep the lock of a host that died until its lease runs out. So the holder also touches the file every
+few seconds, and it is this that counts for another host's lock: one that is touched is refused, one that is not is
+watched for a while, or until the file system gives it up, and taken over.
 """
 
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -19,10 +21,14 @@ import psutil
 from data_prep.errors import DataError
 from data_prep.files import write_error
 
+logger = logging.getLogger(__name__)
+
 BEAT_SECONDS = 10.0
 """How often a holder touches its lock."""
 WATCH_SECONDS = 25.0
-"""How long another host's lock is watched for a sign of life."""
+"""How long another host's lock is watched for a sign of life, at least …"""
+LEASE_SECONDS = 180.0
+"""… and how long a file system may hold the lock of a host that is gone; NFSv4 and Lustre take about 90 s."""
 ORPHAN_SECONDS = 15.0
 """How long the workers of a killed run may keep its lock: they inherit it, and notice their parent's end late."""
 
@@ -56,15 +62,27 @@ class RunLock:
         os.close(self._descriptor)
 
     def _take(self) -> None:
-        deadline = time.monotonic() + ORPHAN_SECONDS
-        while not self._try_kernel_lock():
-            holder = self._read()
-            if holder.get("host") != socket.gethostname() or _lives(holder) or time.monotonic() > deadline:
+        began, touched = time.monotonic(), self._touched()
+        said = False
+        while True:
+            # In this order: a holder that leaves empties the file, which is no sign of life.
+            moved = self._touched() != touched
+            locked, holder = self._try_kernel_lock(), self._read()
+            waited = time.monotonic() - began
+            # An empty file whose lock is held is another host's that comes or goes at this moment.
+            foreign = holder.get("host") != socket.gethostname() and bool(holder or not locked)
+            if foreign and holder and moved:
                 raise self._refusal(holder)
-            time.sleep(0.2)
-        holder = self._read()
-        if holder and holder.get("host") != socket.gethostname() and self._is_touched():
-            raise self._refusal(holder)
+            if locked and (not foreign or waited >= WATCH_SECONDS):
+                break
+            if not locked and waited >= (LEASE_SECONDS if foreign else ORPHAN_SECONDS):
+                raise self._refusal(holder)
+            if not foreign and _lives(holder):
+                raise self._refusal(holder)
+            if foreign and not said:
+                logger.warning("%s: %s; waiting to see whether it lives", self._path, _who(holder))
+                said = True
+            time.sleep(min(0.2, WATCH_SECONDS))
         content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
         try:
             os.ftruncate(self._descriptor, 0)
@@ -93,20 +111,13 @@ class RunLock:
             return {}
         return holder if isinstance(holder, dict) else {}
 
-    def _is_touched(self) -> bool:
-        before = os.fstat(self._descriptor).st_mtime_ns
-        deadline = time.monotonic() + WATCH_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(min(0.5, WATCH_SECONDS))
-            # Through the path: network file systems refresh a file's times when it is opened.
-            if self._path.stat().st_mtime_ns != before:
-                return True
-        return False
+    def _touched(self) -> int:
+        """When the file was last touched."""
+        return self._path.stat().st_mtime_ns
 
     def _refusal(self, holder: dict[str, object]) -> DataError:
-        who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
         return DataError(
-            f"{self._path}: {who} is running in this folder; stop it, or choose another run_dir for this run"
+            f"{self._path}: {_who(holder)} is running in this folder; stop it, or choose another run_dir for this run"
         )
 
     def _touch(self) -> None:
@@ -115,6 +126,10 @@ class RunLock:
                 os.utime(self._descriptor)
             except OSError:  # a full or vanished disk shows where something is written
                 continue
+
+
+def _who(holder: dict[str, object]) -> str:
+    return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
 
 
 def _lives(holder: dict[str, object]) -> bool:

@@ -1,6 +1,7 @@
 """The run folder under kills, full disks, second runs and resumes."""
 
 import errno
+import fcntl
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -198,6 +200,25 @@ def test_another_hosts_lock_is_taken_over_when_nothing_touches_it(tmp_path, monk
         toucher.kill()
     RunFolder.open(tmp_path, resume=True).close()
     assert lock.read_text() == ""
+
+
+@pytest.mark.parametrize("lease, taken", [(20.0, True), (0.5, False)])
+def test_a_dead_hosts_lock_may_live_on_in_the_file_system_for_its_lease(tmp_path, monkeypatch, lease, taken):
+    monkeypatch.setattr(train.run_lock, "WATCH_SECONDS", 0.3)
+    monkeypatch.setattr(train.run_lock, "LEASE_SECONDS", lease)
+    lock = tmp_path / "lock"
+    lock.write_text(json.dumps({"pid": 1, "host": "node-17", "started": 1.0}))
+    # As a server of NFSv4 holds it for a client that is gone: locked, and touched by nobody.
+    with open(lock) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        gives_up = threading.Timer(1.0, lambda: fcntl.flock(held, fcntl.LOCK_UN))
+        gives_up.start()
+        if taken:
+            RunFolder.open(tmp_path, resume=True).close()
+        else:
+            with pytest.raises(DataError, match="process 1 on node-17 is running in this folder"):
+                RunFolder.open(tmp_path, resume=True)
+        gives_up.join()
 
 
 def test_closing_twice_is_fine_and_frees_the_folder(folder):
