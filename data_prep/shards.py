@@ -7,6 +7,7 @@ document (int64). A document of text is one sequence and ends with eod; one of i
 
 import os
 import struct
+from array import array
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -42,10 +43,10 @@ class ShardWriter:
         """prefix: path without `.bin`."""
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        self.sizes: list[int] = []
+        self.sizes = array("i")
         self.documents = 0
         self.tokens = 0
-        self._marks = [0]
+        self._marks = array("q", [0])
         self._temporary = self.prefix.with_name(f".{self.prefix.name}.bin.{os.getpid()}.tmp")
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -56,13 +57,13 @@ class ShardWriter:
     def add(self, *sequences: Sequence[int] | NDArray[Any]) -> None:
         """Append one document of one or more sequences. Raises DataError where the disk is full."""
         for tokens in sequences:
-            array = np.asarray(tokens, dtype=self.dtype)
+            ids = np.asarray(tokens, dtype=self.dtype)
             try:
-                self._file.write(array.tobytes())
+                self._file.write(ids.tobytes())
             except OSError as error:
                 raise write_error(self.path(".bin"), error) from error
-            self.sizes.append(len(array))
-            self.tokens += len(array)
+            self.sizes.append(len(ids))
+            self.tokens += len(ids)
         self.documents += 1
         self._marks.append(len(self.sizes))
 

@@ -24,7 +24,8 @@ from data_prep.language import detect_language
 from data_prep.personal import mask_personal
 from data_prep.quality import figures, limits_of, outside
 from data_prep.reading import Rejected, read_documents
-from data_prep.signatures import Signer, compact
+from data_prep.signatures import Signer
+from data_prep.steps.keys import Keys
 from data_prep.steps.work import DOCUMENT, Work
 from data_prep.tally import Tally
 
@@ -186,18 +187,18 @@ class WriteClean(Step):
         near = cleaning.near_duplicates and self.work.tasks[rank].content == "text"
         signer = Signer(cleaning.bands, cleaning.rows) if near else None
         try:
-            with self.work.output("clean", rank) as folder, ExitStack() as open_files:
-                self._write(data, rank, folder, open_files, signer)
+            with self.work.output("clean", rank) as folder, Keys(folder, signer) as keys, ExitStack() as open_files:
+                self._write(data, rank, folder, open_files, keys)
         except OSError as error:
             raise write_error(error.filename or self.work.folder, error) from error
         yield from ()
 
-    def _write(self, data: Documents, rank: int, folder: Path, open_files: ExitStack, signer: Signer | None) -> None:
-        files = {str(path): number for number, path in enumerate(self.work.tasks[rank].files)}
+    def _write(self, data: Documents, rank: int, folder: Path, open_files: ExitStack, keys: Keys) -> None:
+        source = self.work.tasks[rank]
+        files = {str(path): number for number, path in enumerate(source.files)}
         aside = open_files.enter_context(gzip.GzipFile(folder / "rejected.jsonl.gz", "wb", mtime=0))
         writers: dict[str, Any] = {}
-        rows: list[tuple[int, int, int, int, int, bool]] = []
-        parts: list[tuple[Any, Any]] = []
+        streams: dict[str, int] = {}
         tally = Tally()
         for batch in batches(data):
             kept = []
@@ -207,50 +208,29 @@ class WriteClean(Step):
                     aside.write(rejected_line(document.metadata, document.id, document.text))
                 else:
                     kept.append(document)
-            with self.track_time("batch"):
-                enough = [False] * len(kept)
-                if signer is not None and kept:
-                    minima, signed = signer.sign([one.text for one in kept], [is_chinese(one) for one in kept])
-                    parts.append((signer.band_hashes(minima), compact(minima)))
-                    enough = signed.tolist()
-            for document, is_signed in zip(kept, enough, strict=True):
+            records = np.zeros(len(kept), dtype=DOCUMENT)
+            for number, document in enumerate(kept):
                 fields = document.metadata
                 lang = fields["lang"]
                 if lang not in writers:
+                    streams[lang] = len(streams)
                     raw = open_files.enter_context((folder / f"{lang}.jsonl.zst").open("wb"))
                     writers[lang] = open_files.enter_context(zstandard.ZstdCompressor(level=1).stream_writer(raw))
-                record = {"number": len(rows), "id": document.id, "text": document.text}
+                record = {"number": len(keys) + number, "id": document.id, "text": document.text}
                 record |= {name: fields[name] for name in ("file", "line", "licence", "target")}
                 writers[lang].write((json.dumps(record) + "\n").encode())
                 key = duplicate_key(document.text + ("" if fields["target"] is None else "\0" + fields["target"]))
-                stream = list(writers).index(lang)
                 place = fields["line"], files.get(fields["file"], 0)
-                rows.append((key >> 64, key & (1 << 64) - 1, *place, stream, is_signed))
-        if self.work.tasks[rank].adopted:
+                records[number] = (key >> 64, key & (1 << 64) - 1, *place, streams[lang], False)
+            with self.track_time("batch"):
+                keys.add(records, [one.text for one in kept], [is_chinese(one) for one in kept])
+        if source.adopted:
             # A language without a document: the stages after this one find the stream, and nothing to do in it.
-            writers[str(self.work.tasks[rank].lang)] = None
-        documents = np.array(rows, dtype=DOCUMENT)
-        if not files and not len(documents):
-            raise DataError(f"hub:{self.work.tasks[rank].hub}: no usable document in it")
-        np.save(folder / "documents.npy", documents)
-        write_json(folder / "languages.json", list(writers))
+            streams[str(source.lang)] = 0
+        if not files and not len(keys):
+            raise DataError(f"hub:{source.hub}: no usable document in it")
+        write_json(folder / "languages.json", list(streams))
         write_json(folder / "tally.json", tally.to_json())
-        _save_sorted(folder / "exact.npy", documents["high"], np.arange(len(documents)))
-        if signer is not None:
-            bands = np.concatenate([part[0] for part in parts], axis=1) if parts else np.zeros((signer.bands, 0), "<u8")
-            numbers = np.flatnonzero(documents["signed"])
-            for band, hashes in enumerate(bands):
-                _save_sorted(folder / f"band-{band:03d}.npy", hashes[numbers], numbers)
-            empty = np.zeros((0, signer.bins), np.uint8)
-            np.save(folder / "signatures.npy", np.concatenate([part[1] for part in parts]) if parts else empty)
-
-
-def _save_sorted(path: Path, hashes: Any, numbers: Any) -> None:
-    """Hashes in rising order, each with its document's number: a range of hashes is then one slice."""
-    order = np.argsort(hashes, kind="stable")
-    pairs = np.empty(len(order), dtype=[("hash", "<u8"), ("number", "<u4")])
-    pairs["hash"], pairs["number"] = hashes[order], numbers[order]
-    np.save(path, pairs)
 
 
 def batches(data: Documents) -> Iterator[list[Document]]:

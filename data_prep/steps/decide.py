@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from data_prep.files import write_error
 from data_prep.steps.clean import Step
+from data_prep.steps.keys import GrowingArray
 from data_prep.steps.match import read_pairs
 from data_prep.steps.work import DROP, DROP_REASONS
 
@@ -44,23 +46,25 @@ class Decide(Step):
             equal[_numbered(pairs[:, 1], starts)] = True
         taken: Counter[str] = Counter()
         for task, source in enumerate(work.tasks):
-            mine = np.arange(starts[task], starts[task + 1])
-            later = np.flatnonzero(first[mine] != mine)
-            earlier = first[mine[later]]
-            drops = np.zeros(len(later), dtype=DROP)
-            drops["number"] = later
-            drops["reason"] = np.where(equal[mine[later]], 0, 1)
-            drops["task"] = np.searchsorted(starts, earlier, side="right") - 1
-            drops["first"] = earlier - starts[drops["task"]]
-            left = np.setdiff1d(np.arange(len(mine)), later)
-            if source.cap is not None:
-                over = left[max(0, source.cap - taken[source.name]) :]
-                capped = np.zeros(len(over), dtype=DROP)
-                capped["number"], capped["reason"] = over, DROP_REASONS.index("over_cap")
-                drops = np.sort(np.concatenate([drops, capped]), order="number")
-                left = left[: len(left) - len(over)]
-            taken[source.name] += len(left)
-            np.save(folder / f"{task:05d}.npy", drops)
+            with closing(GrowingArray(folder / f"{task:05d}.npy", DROP)) as file:
+                for start in range(starts[task], starts[task + 1], AT_ONCE):
+                    mine = np.arange(start, min(start + AT_ONCE, starts[task + 1]))
+                    later = np.flatnonzero(first[mine] != mine)
+                    earlier = first[mine[later]]
+                    drops = np.zeros(len(later), dtype=DROP)
+                    drops["number"] = mine[later] - starts[task]
+                    drops["reason"] = np.where(equal[mine[later]], 0, 1)
+                    drops["task"] = np.searchsorted(starts, earlier, side="right") - 1
+                    drops["first"] = earlier - starts[drops["task"]]
+                    left = np.delete(mine, later) - starts[task]
+                    if source.cap is not None:
+                        over = left[max(0, source.cap - taken[source.name]) :]
+                        capped = np.zeros(len(over), dtype=DROP)
+                        capped["number"], capped["reason"] = over, DROP_REASONS.index("over_cap")
+                        drops = np.sort(np.concatenate([drops, capped]), order="number")
+                        left = left[: len(left) - len(over)]
+                    taken[source.name] += len(left)
+                    file.add(drops)
         for name in ("first", "equal"):
             (folder / name).unlink()
 

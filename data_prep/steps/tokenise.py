@@ -3,7 +3,7 @@
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from data_prep.shards import ShardWriter, token_dtype
 from data_prep.steps.adopt import adopt
 from data_prep.steps.clean import Step, rejected_line
 from data_prep.steps.split import Splitter, pages_to_move, streams_of
-from data_prep.steps.work import DROP_REASONS, Work, load
+from data_prep.steps.work import DROP_REASONS, Work
 from data_prep.tally import Tally
 from data_prep.tokenizer import Tokenizer, given_tokenizer
 from data_prep.tokenizer_training import balanced, train_tokenizer
 
-_ENCODE_DOCUMENTS = 256
+_ENCODE_DOCUMENTS, _ENCODE_CHARACTERS = 256, 4_000_000
+"""Encoded together, at most; the library needs up to 50 bytes a character of them. One longer document goes alone."""
 
 
 class Learn(Step):
@@ -84,13 +85,15 @@ class Tokenise(Step):
     def _keep_dropped(self, rank: int, folder: Path) -> None:
         work, tally = self.work, Tally()
         tally.add(json.loads((work.path("clean", rank) / "tally.json").read_text(encoding="utf-8")))
-        drops = {int(drop["number"]): drop for drop in load(work.path("decide", 0) / f"{rank:05d}.npy")}
+        drops = work.drops(rank)
+        numbers = np.array(drops["number"])
         with gzip.GzipFile(folder / "rejected.jsonl.gz", "wb", mtime=0) as aside:
-            for lang in work.languages(rank) if drops else []:
+            for lang in work.languages(rank) if len(drops) else []:
                 for record in work.cleaned(rank, lang):
-                    drop = drops.get(record["number"])
-                    if drop is None:
+                    place = int(np.searchsorted(numbers, record["number"]))
+                    if place == len(numbers) or numbers[place] != record["number"]:
                         continue
+                    drop = drops[place]
                     reason = DROP_REASONS[int(drop["reason"])]
                     earlier = f"of {work.place(int(drop['task']), int(drop['first']))}"
                     detail = f"cap={work.tasks[rank].cap}" if reason == "over_cap" else earlier
@@ -98,6 +101,21 @@ class Tokenise(Step):
                     tally.drop(record["text"], fields)
                     aside.write(rejected_line(fields, record["id"], record["text"]))
         write_json(folder / "tally.json", tally.to_json())
+
+
+def _batches(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Documents in their order, `_ENCODE_DOCUMENTS` and `_ENCODE_CHARACTERS` at most together."""
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for document in documents:
+        length = len(document["text"])
+        if batch and (len(batch) == _ENCODE_DOCUMENTS or size + length > _ENCODE_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += length
+    if batch:
+        yield batch
 
 
 def _write_stream(
@@ -159,14 +177,9 @@ def _write_stream(
         # Once a batch: for a large vocabulary this costs as much as encoding a document.
         unigram[:] += np.bincount(np.concatenate(trained), minlength=len(unigram))
 
-    batch: list[dict[str, Any]] = []
     try:
-        for document in work.kept(rank, lang):
-            batch.append(document)
-            if len(batch) == _ENCODE_DOCUMENTS:
-                flush(batch)
-                batch = []
-        flush(batch)
+        for batch in _batches(work.kept(rank, lang)):
+            flush(batch)
         for name in list(writers):
             close(name)
     finally:

@@ -1,5 +1,6 @@
 """The pieces of work of a preparation, and the folders in which they leave what they made."""
 
+import io
 import json
 import os
 import shutil
@@ -70,10 +71,15 @@ class Work:
 
     def kept(self, rank: int, lang: str) -> Iterator[dict[str, Any]]:
         """Cleaned documents of a rank in one language that are not dropped, in their order."""
-        dropped = set(load(self.path("decide", 0) / f"{rank:05d}.npy")["number"].tolist())
+        dropped = np.zeros(len(self.documents(rank)), dtype=bool)
+        dropped[self.drops(rank)["number"]] = True
         for record in self.cleaned(rank, lang):
-            if record["number"] not in dropped:
+            if not dropped[record["number"]]:
                 yield record
+
+    def drops(self, rank: int) -> Any:
+        """`DROP` records of a rank in rising order."""
+        return load(self.path("decide", 0) / f"{rank:05d}.npy")
 
     def cleaned(self, rank: int, lang: str) -> Iterator[dict[str, Any]]:
         """All cleaned documents of a rank in one language, in their order; none of token shards that are adopted."""
@@ -83,10 +89,7 @@ class Work:
             open(self.path("clean", rank) / f"{lang}.jsonl.zst", "rb") as raw,
             zstandard.ZstdDecompressor().stream_reader(raw) as reader,
         ):
-            rest = b""
-            while chunk := reader.read(1 << 20):
-                *lines, rest = (rest + chunk).split(b"\n")
-                yield from map(json.loads, lines)
+            yield from map(json.loads, io.BufferedReader(reader, 1 << 20))
 
     def place(self, rank: int, number: int) -> str:
         """`file:line` of a cleaned document."""

@@ -15,6 +15,7 @@ from data_prep.config import CleaningConfig, PipelineConfig, PrepConfig, Tokeniz
 from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError
 from data_prep.prepare import Submitted, prepare
+from data_prep.steps import decide
 
 pytestmark = pytest.mark.unit
 FILES = 4
@@ -153,7 +154,8 @@ def test_workers_change_nothing(
     assert content(tmp_path / "out") == content(whole[1])
 
 
-def test_a_cap_holds_over_all_pieces(tmp_path: Path, folder: Path) -> None:
+def test_a_cap_holds_over_all_pieces(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decide, "AT_ONCE", 7)
     for name in "ab":
         lines = [document(f"这是第 {n} 个文件里写的一句话，文件叫 {name}。") for n in range(30)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
