@@ -35,6 +35,11 @@ class Member:
     lost: str = ""
     """Why it is not connected."""
     facts: Message = field(default_factory=dict)
+    """What it was like when it was last admitted."""
+
+    def admit(self, facts: Message) -> None:
+        """It may train."""
+        self.facts, self.admitted = facts, time.monotonic()
 
     @property
     def connected(self) -> bool:

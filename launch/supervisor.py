@@ -108,10 +108,11 @@ class Supervisor:
             self._records.event("node_left_out", f"node {name}: {'; '.join(reasons)}", "left out", node=name)
 
     def _keep_going(self) -> int:
-        restarts, checkpoint = 0, newest_checkpoint(self._run_dir)
+        restarts, checkpoint, wait = 0, newest_checkpoint(self._run_dir), self._cluster.wait_seconds
         while True:
-            nodes = self._choose()
+            nodes = self._choose(wait)
             outcome = self._try(nodes)
+            wait = 0.0 if outcome.grows else self._cluster.wait_seconds
             if outcome.grows:
                 say("more nodes are there: the job goes on with them")
                 continue
@@ -165,22 +166,21 @@ class Supervisor:
     def _admit(self) -> None:
         """Look at every connected node. Raises ConfigError for what would make the run fail or go wrong."""
         names = self._crew.connected()
-        skews = self._look(names)
-        found = {name: self._crew.members[name].facts for name in skews}
+        found, skews = self._look(names)
         if len(found) < (self._cluster.min_nodes or self._cluster.nodes):
             silent = [name for name in names if name not in found]
             raise ConfigError(f"node {', '.join(silent)}: does not answer within {LOOK_SECONDS:.0f} s; leave it out")
         admit(self._config, found, skews)
-        for name in found:
-            self._crew.members[name].admitted = time.monotonic()
+        for name, facts in found.items():
+            self._crew.members[name].admit(facts)
         self._processes = (
             self._cluster.processes
             or self._cluster.gpus_per_node
             or min(max(1, len(facts["accelerators"])) for facts in found.values())
         )
 
-    def _look(self, names: Sequence[str]) -> dict[str, float]:
-        """Ask nodes what they are like; returns by how many seconds the clock of each that answers is ahead of ours."""
+    def _look(self, names: Sequence[str]) -> tuple[dict[str, Message], dict[str, float]]:
+        """Ask nodes what they are like; returns the facts of those that answer, and how far their clocks are ahead."""
         nonce = secrets.token_hex(16)
         mark = self._run_dir / nonce_name(nonce)
         mark.write_text(nonce)
@@ -190,17 +190,16 @@ class Supervisor:
             answers = self._crew.ask(names, {"kind": "look", "at": at}, LOOK_SECONDS)
         finally:
             mark.unlink(missing_ok=True)
-        for name, answer in answers.items():
-            self._crew.members[name].facts = answer["facts"]
-        return {name: answer["facts"]["time"] - answer["arrived"] for name, answer in answers.items()}
+        found = {name: answer["facts"] for name, answer in answers.items()}
+        return found, {name: found[name]["time"] - answers[name]["arrived"] for name in found}
 
-    def _wait_for_nodes(self) -> None:
-        """After a fault: call lost nodes, wait for enough that may train, and leave out those that still may not."""
+    def _wait_for_nodes(self, seconds: float) -> None:
+        """Call lost nodes, wait so long for enough that may train, and leave out those that still may not."""
         members, wanted = self._crew.members, self._cluster.nodes
         for member in members.values():
             member.unfit = ""
         self._crew.start(self._lost())
-        deadline = time.monotonic() + self._cluster.wait_seconds
+        deadline = time.monotonic() + seconds
         unfit: dict[str, str] = {}
         while True:
             over = time.monotonic() >= deadline or self._stops > 0
@@ -212,8 +211,8 @@ class Supervisor:
             self._crew.poll(0.1)
         for name, why in unfit.items():
             members[name].unfit = why
-            say(f"{why}; left out until the next restart")
-            self._records.event("node_left_out", why, "left out", node=name)
+            say(f"node {name}: {why}; left out until the next restart")
+            self._records.event("node_left_out", f"node {name}: {why}", "left out", node=name)
 
     def _unfit_newcomers(self) -> dict[str, str]:
         """What is wrong with nodes that came back: after a reboot one may lack its mounts, or have other versions."""
@@ -221,17 +220,18 @@ class Supervisor:
         new = [name for name in connected if members[name].greeted > members[name].admitted]
         if not new:
             return {}
-        skews = self._look(new)
+        found, skews = self._look(new)
         known = {name: member.facts for name, member in members.items() if member.facts and name not in new}
         unfit = {}
         for name in [name for name in new if members[name].connected]:
             try:
-                if name not in skews:
-                    raise ConfigError(f"node {name}: does not answer within {LOOK_SECONDS:.0f} s")
-                admit(self._config, {**known, name: members[name].facts}, {name: skews[name]})
-                members[name].admitted = time.monotonic()
+                if name not in found:
+                    raise ConfigError(f"does not answer within {LOOK_SECONDS:.0f} s")
+                admit(self._config, {**known, name: found[name]}, {name: skews[name]})
+                members[name].admit(found[name])
+                known[name] = found[name]
             except ConfigError as error:
-                unfit[name] = str(error)
+                unfit[name] = str(error).replace(f"node {name}: ", "")
         return unfit
 
     def _call_missing(self) -> None:
@@ -244,11 +244,11 @@ class Supervisor:
     def _lost(self) -> list[str]:
         return [name for name, member in self._crew.members.items() if not (member.connected or member.bad)]
 
-    def _choose(self) -> list[str]:
-        """The nodes of the next attempt. Raises RunFailed when too few are left."""
+    def _choose(self, wait_seconds: float) -> list[str]:
+        """The nodes of the next attempt, after a wait for lost ones. Raises RunFailed when too few are left."""
         wanted, least = self._cluster.nodes, self._cluster.min_nodes or self._cluster.nodes
         if self._attempt:
-            self._wait_for_nodes()
+            self._wait_for_nodes(wait_seconds)
         ready = self._crew.connected()
         count = self._largest(len(ready), wanted, least)
         if count == 0:

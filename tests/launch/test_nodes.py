@@ -1,12 +1,14 @@
 """Messages between nodes and supervisor, and which nodes may train."""
 
 import os
+import signal
 import socket
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from data_prep.errors import ConfigError
@@ -14,7 +16,7 @@ from launch import flight_recorder, node
 from launch.admission import admit
 from launch.crew import Crew
 from launch.facts import facts, port_taken_by
-from launch.starters import PresentStarter, read_hostfile
+from launch.starters import PresentStarter, SshStarter, read_hostfile
 from launch.wire import Link, Switchboard, connect
 from train.cli import compose_train
 
@@ -123,6 +125,28 @@ def test_a_node_that_cannot_train_is_named_with_the_fix(told, changes, words, sa
 def test_a_clock_that_is_off_is_named(told):
     with pytest.raises(ConfigError, match=r"node b: its clock is \+3600 s off; set it"):
         admit(compose_train(["data.path=here"]), {"a": told, "b": told}, {"a": 0.0, "b": 3600.0})
+
+
+@pytest.mark.parametrize("patience, started", [(300.0, 1), (0.0, 2)])
+def test_an_ssh_that_brought_no_agent_is_replaced(tmp_path, patience, started):
+    """As to a machine that lost its power: the connection stands, and nothing comes over it."""
+    shell, log = tmp_path / "shell", tmp_path / "started"
+    shell.write_text(f"#!/bin/sh\necho $$ >> '{log}'\nexec sleep 60\n")
+    shell.chmod(0o755)
+    words = [f"cluster.ssh.command='{shell}'", "cluster.ssh.code_dir=null", f"cluster.connect_seconds={patience}"]
+    starter = SshStarter(compose_train(["cluster=ssh", "data.path=here", *words]).cluster, ["a"], 1, "secret")
+
+    def pids() -> list[int]:
+        return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+    deadline = time.monotonic() + 5
+    for count in (1, started):
+        starter.start(["a"])
+        while len(pids()) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [psutil.pid_exists(pid) for pid in pids()] == [False] * (started - 1) + [True]
+    os.kill(pids()[-1], signal.SIGKILL)
+    starter.close()
 
 
 @pytest.mark.parametrize(
