@@ -239,6 +239,13 @@ class DataPlan:
         every.sort(key=lambda entry: entry.from_sample)
         return DataPlan(every)
 
+    def without(self, from_sample: int, ranges: Sequence[Sequence[int]]) -> "DataPlan":
+        """The plan of a run that never trains on `ranges` of indices from sample `from_sample` on."""
+        every = [*self.entries, *(PlanEntry(from_sample, skip=(first, end)) for first, end in ranges)]
+        # Behind what was planned at or before this sample, before what is planned for later.
+        every.sort(key=lambda entry: entry.from_sample)
+        return DataPlan(every)
+
     def to_list(self) -> list[dict[str, Any]]:
         """The plan as JSON can hold it."""
         return [

@@ -342,7 +342,7 @@ class SavingConfig:
     every_steps: int = 100
     """Save each so many steps; 0 saves only at the end and on a signal."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, multiples of every_steps; one made on a signal stays while it is the newest."""
     keep_every: int = 0
     """Steps whose multiples are kept for ever; 0 keeps none beyond keep_last."""
     asynchronous: bool = True

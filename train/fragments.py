@@ -73,6 +73,13 @@ def set_adam_steps(optimizer: Any, steps: int) -> None:
             state["step"].fill_(float(steps))
 
 
+def release_gathered(optimizer: Any) -> None:
+    """Let ZeRO-3 gather small parameters anew: it keeps them whole from one step to the next."""
+    held = getattr(optimizer, "persistent_parameters", [])
+    if held:
+        held[0].partition(held)
+
+
 def _place(optimizer: Any, parameter: nn.Parameter, mesh: Mesh, stage: int) -> tuple[Tensor, int, int, int] | None:
     """(flat fp32 tensor, offset in it, length, start in the local parameter), or None where this rank owns nothing."""
     if stage == 0:

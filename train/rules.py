@@ -315,6 +315,9 @@ def _stability(config: Config) -> None:
         raise ConfigError("stability.reactions=[roll_back] needs checkpoints to go back to; set saving.every_steps")
     for event in stability.events:
         _event(event)
+    planned = [(event["step"], event["action"]) for event in stability.events]
+    if twice := [one for one in planned if planned.count(one) > 1]:
+        raise ConfigError(f"stability.events asks for {twice[0][1]} at step {twice[0][0]} twice; make one act of them")
     for key in ("lr_steps", "poison_samples"):
         pair = getattr(stress, key)
         if pair and not (len(pair) == 2 and 0 <= pair[0] <= pair[1]):

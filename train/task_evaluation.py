@@ -21,12 +21,9 @@ class TaskEvaluation:
         self._engine, self._tokenizer = engine, tokenizer
         self._causal = config.data.sampling.objective == "causal"
         self._tasks = together(engine.mesh, lambda: read_tasks(config.evaluation.tasks, config.evaluation.task_items))
-        self.last_step = -1
-        """Step of the last evaluation."""
 
     def run(self, step: int) -> dict[str, Any]:
         """{step, tasks: results by the task's name}, the same on every rank."""
-        self.last_step = step
         return {"step": step, "tasks": {task.name: results(task, self._scores(task)) for task in self._tasks}}
 
     def _scores(self, task: Any) -> dict[str, list[list[Score]]]:

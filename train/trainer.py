@@ -91,7 +91,8 @@ class Trainer:
         self.stop = StopRequest()
         self._pending: list[tuple[dict[str, Any], StepResult]] = []
         self._saved_step = -1
-        self._validated_step = -1
+        self._evaluated: dict[str, int] = {}
+        """The last step in validation.jsonl and tasks.jsonl."""
         self._rolls_back: Event | None = None
 
     def run(self) -> None:
@@ -122,7 +123,6 @@ class Trainer:
                 self.folder.close()
 
     def _loop(self) -> None:
-        first_step = self.step
         clock = time.perf_counter()
         for global_batch in self._micro_batches():
             step, consumed = self.step + 1, self._place_after(len(global_batch))
@@ -170,12 +170,12 @@ class Trainer:
             # The next step's time starts here: validation and saving are not part of it.
             clock = time.perf_counter()
             self.heart.now("data", self.step)
-            if any_rank(self.mesh, self.stop.name is not None):
+            if any_rank(self.mesh, self.stop.name is not None) and not self.length.reached(
+                self.step, self.consumed_samples
+            ):
                 return
-        if self.step > first_step and self._validated_step != self.step:
-            self._validate()
-        if self.step > first_step:
-            self._run_tasks()
+        self._validate()
+        self._run_tasks()
 
     def _start(self) -> None:
         config = self.config
@@ -188,7 +188,7 @@ class Trainer:
         self.heart.now("checkpoint")
         events = on_rank_zero(self.mesh, lambda: self.folder.read("events") if self.folder is not None else [])
         events = gather(self.mesh, events)[0] or []
-        self._told = {event["id"]: event.get("acts") for event in events}
+        self._told = {event["id"] for event in events}
         self.reactions.remember(events)
         self._resume(found)
         self.saver = Saver(
@@ -245,7 +245,7 @@ class Trainer:
             reader = PieceReader(find(self.config.initialize_from), ("model",))
             together(self.mesh, lambda: read.load_weights(self.engine, reader))
         self._skip(self.reactions.go_on_from(self.step))
-        on_rank_zero(self.mesh, self._rewind)
+        self._evaluated = gather(self.mesh, on_rank_zero(self.mesh, self._rewind))[0] or {}
 
     def _roll_back(self) -> None:
         """Go back to the checkpoint that a reaction chose, and go on past what it skips."""
@@ -258,12 +258,17 @@ class Trainer:
         self.saver.finish()
         return checkpoint_before(self.mesh, self.run_dir, step, self.config.saving.every_steps)
 
-    def _rewind(self) -> None:
-        """Move what lies beyond the checkpoint out of the way: metrics, validation, later checkpoints."""
+    def _rewind(self) -> dict[str, int]:
+        """Move what lies beyond the checkpoint out of the way: metrics, evaluations, later checkpoints.
+
+        Returns the last step in the logs of evaluations.
+        """
         assert self.folder is not None
         # In this order: a checkpoint must never be left without the lines up to it.
         write.set_aside(self.run_dir, self.step, self.folder.attempt)
         self.folder.rewind(self.step)
+        logs = {name: self.folder.read(name) for name in ("validation", "tasks")}
+        return {name: records[-1]["step"] for name, records in logs.items() if records}
 
     @property
     def _samples_a_round(self) -> int:
@@ -290,8 +295,7 @@ class Trainer:
     def _skip(self, ranges: list[list[int]]) -> None:
         """Leave ranges of samples out from here on; the plan is a new object wherever it changed."""
         if ranges:
-            entries = [{"from_sample": self.consumed_samples, "skip": samples} for samples in ranges]
-            self.plan = DataPlan([*self.plan.to_list(), *entries])
+            self.plan = self.plan.without(self.consumed_samples, ranges)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -352,26 +356,27 @@ class Trainer:
             observer.on_event({**record, "seen": seen, "action": "stopped"})
 
     def _tell(self, event: Event) -> None:
-        """Hand an event on, once: a resumed run sees again what happened after its checkpoint."""
-        if event["id"] not in self._told or self._told[event["id"]] != event["acts"]:
-            self._told[event["id"]] = event["acts"]
+        """Hand an event on; what a resumed run sees again, once, but for roll-backs."""
+        if event["id"] not in self._told or target_of(event) is not None:
+            self._told.add(event["id"])
             for observer in self.observers:
                 observer.on_event(event)
 
     def _validate(self) -> None:
-        if not self.config.evaluation.every_steps:
+        if not self.config.evaluation.every_steps or self._evaluated.get("validation") == self.step:
             return
         self.heart.now("validate")
         record = {"step": self.step, "consumed_samples": self.consumed_samples, **self.validation.run()}
-        self._validated_step = self.step
+        self._evaluated["validation"] = self.step
         for observer in self.observers:
             observer.on_validation(record)
 
     def _run_tasks(self) -> None:
-        if self.tasks is None or self.tasks.last_step == self.step:
+        if self.tasks is None or self._evaluated.get("tasks") == self.step:
             return
         self.heart.now("validate")
         record = self.tasks.run(self.step)
+        self._evaluated["tasks"] = self.step
         for observer in self.observers:
             observer.on_tasks(record)
 

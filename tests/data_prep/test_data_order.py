@@ -100,6 +100,10 @@ def test_skipped_ranges_are_never_trained_on(
     middle = plan.advance(cursor, first)
     assert [*plan.indices(cursor, first), *plan.indices(middle, second)] == expected
     assert DataPlan(plan.to_list()).indices(cursor, 50).tolist() == plan.indices(cursor, 50).tolist()
+    changed = DataPlan([{"from_sample": 0, "weights": {"a": 1}}, {"from_sample": 90, "weights": {"b": 1}}])
+    skipping = changed.without(40, [[a, a + n] for a, n in ranges])
+    assert skipping.mixtures == changed.mixtures
+    assert skipping.indices(cursor, first + second).tolist() == expected
 
 
 @pytest.mark.parametrize(

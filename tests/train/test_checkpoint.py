@@ -17,11 +17,21 @@ from train.checkpoint import tensor_file
 from train.checkpoint.model import load_trained
 from train.checkpoint.pieces import Piece, PieceReader, save_pieces
 from train.checkpoint.read import choose
-from train.checkpoint.select import checkpoint_steps, damage, damages, find, read_manifest, step_folder, write_manifest
+from train.checkpoint.select import (
+    checkpoint_steps,
+    damage,
+    damages,
+    find,
+    read_manifest,
+    read_state,
+    step_folder,
+    write_manifest,
+)
 from train.checkpoint.write import prune
 from train.mesh import Mesh
 from train.model.build import stage_bounds
 from train.model.parameters import Layout, split
+from train.stability.roll_back import checkpoint_before
 
 pytestmark = pytest.mark.unit
 
@@ -117,16 +127,32 @@ def test_find_says_what_is_wrong(tiny_run: Path, tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+def test_a_roll_back_goes_to_a_checkpoint_that_is_whole(tiny_run: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+    def before(step: int, every: int = 20) -> tuple[int, int] | None:
+        return checkpoint_before(Mesh.single(), run_dir, step, every)
+
+    samples = read_state(step_folder(run_dir, 20))["consumed_samples"]
+    assert before(41) == (40, 2 * samples)
+    assert before(40) == (20, samples)
+    assert before(41, every=30) is None, "made on a signal"
+    for step, wanted in ((40, (20, samples)), (20, None)):
+        file = next((step_folder(run_dir, step) / "model").iterdir())
+        file.write_bytes(file.read_bytes()[:-1])
+        assert before(41) == wanted
+
+
 def test_prune_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
-    for step in (5, 10, 15, 20, 25):
+    for step in (5, 10, 15, 20, 25, 27, 28):
         step_folder(tmp_path, step).mkdir(parents=True)
         (step_folder(tmp_path, step) / "manifest.json").write_text("{}")
-    prune(tmp_path, keep_last=2, keep_every=10)
-    assert checkpoint_steps(tmp_path) == [10, 20, 25]
+    prune(tmp_path, every=5, keep_last=2, keep_every=10)
+    assert checkpoint_steps(tmp_path) == [10, 20, 25, 28], "27 and 28 were made on a signal"
     step_folder(tmp_path, 30).with_suffix(".partial").mkdir()
     step_folder(tmp_path, 3).mkdir()
-    prune(tmp_path, keep_last=1, keep_every=0)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000025"]
+    prune(tmp_path, every=0, keep_last=1, keep_every=0)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000028"]
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ def test_tasks_run_now_and_then_and_show_in_the_report(command, tiny_overrides, 
     records = read_log(tmp_path / "run" / "tasks.jsonl")
     assert [record["step"] for record in records] == [2, 4, 5]
     assert {name: task["items"] for name, task in records[0]["tasks"].items()} == {"choices": 3, "cloze": 2}
+    # Killed between the last save and the last evaluation, the same command makes up for it.
+    log = tmp_path / "run" / "tasks.jsonl"
+    log.write_text("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    command("train", *run, f"run_dir={tmp_path / 'run'}")
+    assert [(one["step"], one["tasks"]) for one in read_log(log)] == [(one["step"], one["tasks"]) for one in records]
     # What the checkpoint gives afterwards is what the run saw at its end.
     output = tmp_path / "eval.json"
     task_files = f"tasks=[{tmp_path / 'choices.jsonl'},{tmp_path / 'cloze.jsonl'}]"

@@ -118,6 +118,7 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("stability.rewarm_samples", {"stability__rewarm_samples": -1}, None),
     ("stability.events", {"stability__events": [{"action": "lower_lr"}]}, None),
     ("stability.events", {"stability__events": [{"step": 3, "action": "pray"}]}, None),
+    ("stability.events", {"stability__events": [{"step": 3, "action": "lower_lr", "factor": 0.5}] * 2}, None),
     ("factor is wrong", {"stability__events": [{"step": 3, "action": "lower_lr"}]}, None),
     ("samples is wrong", {"stability__events": [{"step": 3, "action": "skip_samples", "samples": [9, 2]}]}, None),
     ("alpha is wrong", {"stability__events": [{"step": 3, "action": "reset_optimizer", "alpha": 1}]}, None),

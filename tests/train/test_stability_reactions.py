@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, Command
-from tests.train.parity import BATCH, LR, SHRINK, batch_of, in_ranks, my_batches, start_engine
+from tests.train.parity import BATCH, LR, SHRINK, Curve, batch_of, in_ranks, my_batches, saver_of, start_engine
 from tests.train.test_resume import lines, started, steps_written, wait_for
-from train.checkpoint.select import checkpoint_steps
+from train.checkpoint import read
+from train.checkpoint.select import checkpoint_steps, step_folder
+from train.cli import compose_train
 from train.config import StressConfig
 from train.model.parameters import split
 from train.stability.detector import SMALLEST_DEVIATION, Detector
@@ -270,17 +272,91 @@ def test_a_run_killed_in_a_roll_back_goes_on_as_if_it_had_not_been(
     assert events(tmp_path / "run") == events(whole_run)[:3]
     command("train", *words)
     assert lines(tmp_path / "run") == lines(whole_run)
-    assert events(tmp_path / "run") == events(whole_run)
+    # One that was decided and not carried out is decided again.
+    twice = events(whole_run)[2:3] if where == "told" else []
+    assert events(tmp_path / "run") == [*events(whole_run)[:3], *twice, *events(whole_run)[3:]]
 
 
 @pytest.mark.e2e
 def test_a_run_sent_back_before_its_roll_backs_finds_them_again(
     whole_run: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
-    shutil.copytree(whole_run, tmp_path / "run")
-    command("train", *overrides, f"run_dir={tmp_path / 'run'}", "resume.step=16")
-    assert lines(tmp_path / "run") == lines(whole_run)
-    assert events(tmp_path / "run") == events(whole_run)
+    """Stopped where the checkpoint that they go back to was made anew, it takes up those of the new history alone."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    stop = [word for word in overrides if not word.startswith("max_steps")]
+    command("train", *stop, f"run_dir={run_dir}", "resume.step=16", "max_steps=22")
+    shutil.rmtree(step_folder(run_dir, 22))
+    assert checkpoint_steps(run_dir)[-1] == 20
+    command("train", *overrides, f"run_dir={run_dir}")
+    assert lines(run_dir) == lines(whole_run)
+    assert events(run_dir) == [*events(whole_run), *events(whole_run)[2:4]]
+
+
+def _roll_back_to(step: int, number: int) -> dict[str, Any]:
+    acts = [
+        {"id": f"spike-{number}/{action}", "step": step + 1, "action": action} for action in ("roll_back", "lower_lr")
+    ]
+    acts[0] |= {"to_step": step, "skip": [number, number + 1]}
+    acts[1] |= {"factor": 0.5}
+    return {"id": f"spike-{number}", "step": number, "acts": acts}
+
+
+@pytest.mark.unit
+def test_a_roll_back_past_another_undoes_its_acts() -> None:
+    """Back to 300, then to 200, then over a new 300: what the first did is not done again, killed or not."""
+
+    def start() -> Reactions:
+        return Reactions(compose_train(["experiment=demo"]), mock.Mock(guard=None))
+
+    live, saved = start(), {200: start().state(), 300: start().state()}
+    for number, target in ((306, 300), (302, 200)):
+        live.history.append(_roll_back_to(target, number))
+        live.load_state(saved[target])
+        assert live.go_on_from(target) == [[number, number + 1]]
+    assert live.roll_backs == ["spike-306", "spike-302"]
+    for found in (live, start()):
+        found.remember(live.history)
+        found.load_state(live.state())
+        assert found.go_on_from(300) == []
+        assert found.learning_rate(301, 0, 1.0) == 0.5
+        assert found.roll_backs == ["spike-306", "spike-302"]
+
+
+def _gone_back(layout: list[str], run_dir: str) -> tuple[Curve, Curve]:
+    """Steps 4 to 6, and once more from the checkpoint of step 3 with all weights lost."""
+    engine = start_engine(layout)
+
+    def steps(first: int, end: int) -> Curve:
+        done = [engine.step(my_batches(engine, step * BATCH, BATCH), LR, SHRINK) for step in range(first, end)]
+        return [(number.loss, number.grad_norm) for number in engine.read(done)]
+
+    steps(0, 3)
+    saver = saver_of(engine, run_dir, asynchronous=False)
+    saver.start({"step": 3, "optimizer_steps": 3, "loss_scaler": engine.scaler_state()})
+    saver.finish()
+    wanted = steps(3, 6)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.fill_(math.nan)
+    read.load(engine, step_folder(Path(run_dir), 3))
+    return wanted, steps(3, 6)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.zero_stage=3"],
+        pytest.param(["parallel.zero_stage=3", "precision=bf16"], marks=pytest.mark.slow),
+        pytest.param(["parallel.zero_stage=3", "parallel.tensor_parallel=2"], marks=pytest.mark.slow),
+        pytest.param(["parallel.zero_stage=1", "precision=bf16"], marks=pytest.mark.slow),
+        pytest.param(["parallel.pipeline_parallel=2", "precision=bf16"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_running_engine_goes_back_to_a_checkpoint_exactly(layout: list[str], tmp_path: Path) -> None:
+    wanted, found = in_ranks(2, _gone_back, layout, str(tmp_path))
+    assert found == wanted
 
 
 def _reset_scale(step: int) -> list[float]:

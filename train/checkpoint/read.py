@@ -1,6 +1,7 @@
 """Loading: the newest checkpoint whose checksums hold, into any layout."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import checkpoint_steps, damage, find, read_manifest, read_state, step_folder
 from train.collective import gather, on_rank_zero
 from train.engine import Engine
-from train.fragments import set_adam_steps
+from train.fragments import release_gathered, set_adam_steps
 from train.mesh import Mesh
 from train.model.build import named_layouts
 from train.model.lora import is_lora
@@ -29,21 +30,32 @@ def choose(mesh: Mesh, run_dir: Path, step: int | None = None) -> Path | None:
     # One rank's listing counts for all: a file system may show them different ones for a moment.
     steps = on_rank_zero(mesh, lambda: _candidates(run_dir, step)) or []
     steps = next(found for found in gather(mesh, steps if mesh.rank == 0 else None) if found is not None)
+    folder, said = newest_whole(mesh, run_dir, steps)
+    if folder is not None:
+        if said and mesh.rank == 0:
+            logger.warning("%s; resuming from %s instead", said, folder)
+        return folder
+    if said and step is not None:
+        raise DataError(f"{said}; choose another resume.step, or leave it out for the newest whole checkpoint")
+    if said:
+        raise DataError(f"{said}; no earlier checkpoint is whole. Restore the file, or start a new run_dir")
+    return None
+
+
+def newest_whole(mesh: Mesh, run_dir: Path, steps: Sequence[int]) -> tuple[Path | None, str]:
+    """The newest checkpoint of `steps` whose files are whole, and what is wrong with the first that is not.
+
+    steps: ascending, the same on all ranks, which share the reading.
+    """
     said = ""
     for candidate in reversed(steps):
         folder = step_folder(run_dir, candidate)
         problems = gather(mesh, damage(folder, share=(mesh.rank, mesh.world)))
         problem = next((found for found in problems if found is not None), None)
         if problem is None:
-            if said and mesh.rank == 0:
-                logger.warning("%s; resuming from %s instead", said, folder)
-            return folder
+            return folder, said
         said = said or problem
-    if said and step is not None:
-        raise DataError(f"{said}; choose another resume.step, or leave it out for the newest whole checkpoint")
-    if said:
-        raise DataError(f"{said}; no earlier checkpoint is whole. Restore the file, or start a new run_dir")
-    return None
+    return None, said
 
 
 def _candidates(run_dir: Path, step: int | None) -> list[int]:
@@ -74,6 +86,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
 
 def load_weights(engine: Engine, reader: PieceReader) -> None:
     """The weights alone, into parameters and master weights; a fp32 engine takes stored master weights if there are."""
+    release_gathered(engine.deepspeed.optimizer)
     fragments = {id(fragment.parameter): fragment for fragment in engine.fragments()}
     with torch.no_grad():
         for layout, parameter in named_layouts(engine.model.parameters()):

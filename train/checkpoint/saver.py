@@ -127,7 +127,7 @@ class Saver:
             config_yaml=self._config_yaml,
             tokenizer=self._tokenizer,
         )
-        write.prune(self.run_dir, self.config.keep_last, self.config.keep_every)
+        write.prune(self.run_dir, self.config.every_steps, self.config.keep_last, self.config.keep_every)
 
     @property
     def _partial(self) -> Path:

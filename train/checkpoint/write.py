@@ -105,9 +105,15 @@ def partial_folder(final: Path) -> Path:
     return final.with_name(final.name + ".partial")
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints beyond the newest `keep_last`, and what killed saves left; multiples of keep_every stay."""
-    for step in checkpoint_steps(run_dir)[:-keep_last]:
+def prune(run_dir: Path, every: int, keep_last: int, keep_every: int) -> None:
+    """Remove checkpoints beyond the newest `keep_last`, and what killed saves left; multiples of keep_every stay.
+
+    every: saving.every_steps. What a signal made in between stays while it is the newest, beside the others: a
+    roll-back needs those that an undisturbed run has.
+    """
+    steps = checkpoint_steps(run_dir)
+    regular = [step for step in steps if not every or step % every == 0]
+    for step in set(steps) - set(regular[-keep_last:]) - set(steps[-1:]):
         if not (keep_every and step % keep_every == 0):
             # Without its manifest a folder that is only half removed cannot be taken for whole.
             (step_folder(run_dir, step) / MANIFEST).unlink(missing_ok=True)

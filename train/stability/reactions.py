@@ -4,6 +4,7 @@ A spike seen in step t (`train.stability.detector`) is acted on before step t + 
 learning rate and EGS alpha of a step are pure functions of the acts before it, and the acts are in every checkpoint. So
 a resumed run repeats them. A roll-back is the one act that a checkpoint cannot hold, since it goes back to before it
 was decided: it stands in events.jsonl, and a run that resumes from the checkpoint it went back to takes it from there.
+Each checkpoint says how many roll-backs the file held when it was written: none of these leads to it.
 """
 
 import math
@@ -32,8 +33,12 @@ class Reactions:
     def __init__(self, config: Config, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.acts: list[Act] = []
-        self.roll_backs: list[Event] = []
-        """Events with a roll-back, of all attempts; one does not undo another."""
+        self.history: list[Event] = []
+        """All roll-backs in events.jsonl, oldest first."""
+        self._older = 0
+        """How many of them the checkpoint that was loaded is younger than."""
+        self.roll_backs: list[str] = []
+        """Ids of the roll-backs that the run has behind it; one does not take another back."""
         self.last_spike = 0
         self.cursors: list[int] = []
         """Where each of the last steps began, in samples; oldest first."""
@@ -106,7 +111,7 @@ class Reactions:
             acts = [{"id": f"{name}/skip", "step": step, "from_sample": consumed, "action": "skip"}, *acts]
         event = _event(name, step, consumed, f"{'_and_'.join(over)}_spike", seen, acts)
         if target_of(event) is not None:
-            self.roll_backs.append(event)
+            self.history.append(event)
         else:
             self.acts += acts
         return event
@@ -117,6 +122,8 @@ class Reactions:
         # Copies: the checkpoint may be written while the run goes on.
         return {
             "acts": list(self.acts),
+            "roll_backs": list(self.roll_backs),
+            "history": len(self.history),
             "last_spike": self.last_spike,
             "cursors": list(self.cursors),
             "guard": guard,
@@ -125,31 +132,28 @@ class Reactions:
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave; a checkpoint of a version before this one gives nothing."""
         self.acts = list(state.get("acts", []))
+        self.roll_backs, self._older = list(state.get("roll_backs", [])), state.get("history", 0)
         self.last_spike, self.cursors = state.get("last_spike", 0), list(state.get("cursors", []))
         if self.engine.guard is not None:
             self.engine.guard.load_state(state.get("guard", {}))
 
     def remember(self, events: list[Event]) -> None:
         """Take up what events.jsonl holds, at a start."""
-        # An id comes twice where a run was sent back and found something else at the same step.
-        self.roll_backs = list({event["id"]: event for event in events if target_of(event) is not None}.values())
+        self.history = [event for event in events if target_of(event) is not None]
 
     def go_on_from(self, step: int) -> list[list[int]]:
-        """Take up the roll-backs to this step; the ranges of samples they skip.
+        """Take up the roll-backs to this step, whose checkpoint was loaded; the ranges of samples they skip.
 
-        Those behind the last one that this step's checkpoint knows of are forgotten: the run comes to them again. One
-        is known if it led to this very step, or if its acts are in the checkpoint; it is not where a process was killed
-        before it could go back.
-
-        Raises ConfigError for an act in stability.events that should have happened by now and did not.
+        What was decided later, or where a process was killed before it could go back, is forgotten: the run comes to it
+        again. Raises ConfigError for an act in stability.events that should have happened by now and did not.
         """
-        done = {act["id"] for act in self.acts}
-        known = [target_of(one) == step or one["acts"][0]["id"] in done for one in self.roll_backs]
-        while known and not known[-1]:
-            known.pop()
-        self.roll_backs = self.roll_backs[: len(known)]
-        mine = [event for event in self.roll_backs if target_of(event) == step]
-        self.acts += [act for event in mine for act in event["acts"] if act["id"] not in done]
+        # Decided again where it was not carried out, it has its id from before.
+        behind = list({event["id"]: event for event in self.history[self._older :]}.values())
+        while behind and target_of(behind[-1]) != step:
+            behind.pop()
+        self.roll_backs += [event["id"] for event in behind]
+        mine = [event for event in behind if target_of(event) == step]
+        self.acts += [act for event in mine for act in event["acts"]]
         for planned in self.config.stability.events:
             if planned["step"] <= step and not self._has(_planned_id(planned)):
                 raise ConfigError(
@@ -163,7 +167,7 @@ class Reactions:
 
     def _may_act(self) -> bool:
         reacted = {act["id"].partition("/")[0] for act in self.acts if act["id"].startswith("spike")}
-        reacted |= {event["id"] for event in self.roll_backs}
+        reacted |= set(self.roll_backs)
         return len(reacted) < self.config.stability.max_acts
 
     def _decide(self, step: int, consumed: int, name: str, checkpoint_before: Before) -> list[Act]:

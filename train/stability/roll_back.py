@@ -2,18 +2,22 @@
 
 from pathlib import Path
 
-from train.checkpoint.select import checkpoint_steps, read_state, step_folder
-from train.collective import gather
+from train.checkpoint.read import newest_whole
+from train.checkpoint.select import checkpoint_steps, read_state
+from train.collective import gather, on_rank_zero
 from train.mesh import Mesh
 
 
 def checkpoint_before(mesh: Mesh, run_dir: Path, step: int, every: int) -> tuple[int, int] | None:
-    """(step, consumed samples) of the newest checkpoint before a step, the same on all ranks; None without one.
+    """(step, consumed samples) of the newest whole checkpoint before a step, the same on all ranks; None without one.
 
     every: saving.every_steps. One that a signal made between them does not count: an undisturbed run would not have it,
     and a resumed run must go back to where that would.
     """
     steps = [saved for saved in checkpoint_steps(run_dir) if saved < step and saved % every == 0]
     # One rank's listing counts for all: a file system may show them different ones for a moment.
-    steps = gather(mesh, steps)[0]
-    return (steps[-1], int(read_state(step_folder(run_dir, steps[-1]))["consumed_samples"])) if steps else None
+    folder, _ = newest_whole(mesh, run_dir, gather(mesh, steps)[0])
+    if folder is None:
+        return None
+    state = gather(mesh, on_rank_zero(mesh, lambda: read_state(folder)))[0]
+    return int(state["step"]), int(state["consumed_samples"])
