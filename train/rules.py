@@ -121,6 +121,8 @@ def _rotary_scaling(model: ModelConfig, head_dim: int) -> None:
             f"model.rotary_original_positions={model.rotary_original_positions} with model.rotary_scaling={kind}; give "
             "the sequence length that the weights were trained on with yarn, and 0 with the others"
         )
+    if kind == "yarn" and model.rotary_base <= 1:
+        raise ConfigError(f"model.rotary_base={model.rotary_base:g} must be more than 1 with model.rotary_scaling=yarn")
     if kind != "none" and not model.positions.startswith("rotary"):
         raise ConfigError(f"model.rotary_scaling={kind} needs rotary positions, not model.positions={model.positions}")
     axes = 2 if model.positions == "rotary_2d" else 1

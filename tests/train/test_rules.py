@@ -74,6 +74,16 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
         None,
     ),
     ("model.rotary_original_positions", {"model__rotary_original_positions": 2048}, None),
+    (
+        "model.rotary_base",
+        {
+            "model__rotary_scaling": "yarn",
+            "model__rotary_scaling_factor": 2.0,
+            "model__rotary_original_positions": 64,
+            "model__rotary_base": 1.0,
+        },
+        None,
+    ),
     ("model.positions", {"model__positions": "rotary_2d", "model__head_dim": 6}, None),
     ("model.hidden_dropout", {"model__hidden_dropout": 1.0}, None),
     ("model.attention_dropout", {"model__attention_dropout": -0.1}, None),
