@@ -13,6 +13,7 @@ from launch.slurm import agent_loop
 from launch.supervise import NODES_VARIABLE
 from launch.wire import TOKEN_VARIABLE
 from train.config import Config
+from train.run_folder import JOB_VARIABLE
 
 PORT = 29400
 """Port of the supervisor in its pod, unless cluster.supervisor_port says otherwise."""
@@ -65,6 +66,8 @@ spec:
               valueFrom: {{secretKeyRef: {{name: {name}, key: token}}}}
             - name: {variable}
               value: {names}
+            - name: {job_variable}   # resume.step and resume.enabled are obeyed once a job
+              valueFrom: {{fieldRef: {{fieldPath: "metadata.labels['batch.kubernetes.io/controller-uid']"}}}}
 {environment}          resources:
             limits: {{{limits}}}
           volumeMounts:
@@ -107,6 +110,7 @@ def render(config: Config, words: Sequence[str]) -> str:
         agent=agent_loop(f'python -m launch.node "$supervisor:{port}" "{name}-$JOB_COMPLETION_INDEX"'),
         token=TOKEN_VARIABLE,
         variable=NODES_VARIABLE,
+        job_variable=JOB_VARIABLE,
         names=",".join(f"{name}-{index}" for index in range(cluster.nodes)),
         environment=variables,
         limits=limits,

@@ -25,7 +25,7 @@ from launch.agent import Place, Steering, module_command, run_ranks, thread_coun
 from launch.facts import facts, free_port, interface_of
 from launch.wire import Link, Message, connect, read_token
 from train.heartbeat import read_beat, stack_file
-from train.run_folder import COMMAND_VARIABLE
+from train.run_folder import COMMAND_VARIABLE, JOB_VARIABLE
 
 VOICE_SECONDS = 0.2
 """How often the supervisor's words are looked for."""
@@ -191,6 +191,7 @@ class _Attempt:
         order = self.order
         os.environ.update(self._environment(order["environment"]))
         os.environ[COMMAND_VARIABLE] = order["command"]
+        os.environ[JOB_VARIABLE] = order["job"]
         os.environ.setdefault("OMP_NUM_THREADS", thread_count(order["processes"]))
         place = Place(**order["place"]) if order["place"]["nodes"] > 1 else None
         command = module_command(order["module"], order["words"])

@@ -5,6 +5,7 @@ and the job is queued again, until the run is done.
 """
 
 import re
+import secrets
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from launch.supervise import NODES_VARIABLE
 from launch.wire import TOKEN_VARIABLE
 from train.cluster import ClusterConfig
 from train.config import Config
+from train.run_folder import JOB_VARIABLE
 
 _STEP = "--overlap --mpi=none"
 _BODY = """
@@ -26,6 +28,8 @@ cd {root}
 export {token}=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n')
 export {nodes}=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)
 export TIANKONG_COMMAND="sbatch {file}"
+# The same each time this script runs: resume.step and resume.enabled are obeyed by its first run alone.
+export {job_variable}={job}
 head=$(hostname)
 port={port}
 
@@ -52,10 +56,18 @@ exit "$status"
 """
 
 
-def render(config: Config, words: Sequence[str], *, root: Path = ROOT, python: str = sys.executable) -> str:
+def render(
+    config: Config,
+    words: Sequence[str],
+    *,
+    root: Path = ROOT,
+    python: str = sys.executable,
+    job: str | None = None,
+) -> str:
     """The batch script of a job. Raises ConfigError for a container without an image.
 
     words: the user's. root, python: this checkout and interpreter on the nodes; the container's own where there is one.
+    job: the word that its runs share; by default a new one.
     """
     cluster = config.cluster
     run_dir = root / config.run_dir
@@ -97,6 +109,8 @@ def render(config: Config, words: Sequence[str], *, root: Path = ROOT, python: s
         token=TOKEN_VARIABLE,
         nodes=NODES_VARIABLE,
         file=shlex.quote(str(run_dir / "job.sbatch")),
+        job_variable=JOB_VARIABLE,
+        job=job or secrets.token_hex(8),
         port=cluster.supervisor_port or "$((20000 + SLURM_JOB_ID % 20000))",
         supervisor=f"{supervisor}\nsupervisor=$!",
         agents=agents,

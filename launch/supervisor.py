@@ -26,7 +26,7 @@ from launch.verdict import Fault, RankView
 from launch.wire import Message
 from train.config import Config
 from train.rules import check_world
-from train.run_folder import command_line
+from train.run_folder import JOB_VARIABLE, command_line, is_restart, resume_command
 from train.run_lock import RunLock
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -57,6 +57,8 @@ class Supervisor:
         if config.initialize_from is not None:
             self._words.append(f"initialize_from={Path(config.initialize_from).absolute()}")
         self._module = module
+        # Slurm's and Kubernetes' jobs bring their own, which outlives this process.
+        self._job = os.environ.get(JOB_VARIABLE) or secrets.token_hex(8)
         self._records = Records(self._run_dir)
         self._attempt = 0
         self._stops = 0
@@ -127,12 +129,12 @@ class Supervisor:
             checkpoint = newest
             redone = max(0, outcome.last_step - newest, last_step(self._run_dir)[0] - newest)
             if self._stops and not redone and fault.status not in _OUTCOMES:
-                say(f"stopped before the first new step; go on with: {command_line()}")
+                say(f"stopped before the first new step; go on with: {self._again()}")
                 return EXIT_STOPPED
             reason = self._no_retry(fault, restarts)
             if reason is not None:
                 self._records.event(fault.kind, fault.seen, f"gave up: {reason}", node=fault.node, rank=fault.rank)
-                say(f"{reason}; start again with: {command_line()}")
+                say(f"{reason}; start again with: {self._again()}")
                 return fault.status
             action = f"restarted from step {newest}, {redone} steps are done again"
             self._records.event(fault.kind, fault.seen, action, node=fault.node, rank=fault.rank, redone=redone)
@@ -256,7 +258,7 @@ class Supervisor:
             told = "; ".join(f"node {name}: {self._crew.why_lost(name)}" for name in lost)
             raise RunFailed(
                 f"{len(ready)} of {wanted} nodes are left, and cluster.min_nodes={least} allows no layout of so few"
-                f" ({told}); mend them and start again with: {command_line()}"
+                f" ({told}); mend them and start again with: {self._again()}"
             )
         # Nodes that failed before come last; the order of the rest stays.
         chosen = sorted(ready, key=lambda name: self._crew.members[name].strikes)[:count]
@@ -324,6 +326,7 @@ class Supervisor:
             "processes": self._processes,
             "run_dir": str(self._run_dir),
             "command": command_line(),
+            "job": self._job,
             "flight_recorder": self._cluster.flight_recorder,
             "environment": {**sockets, **self._cluster.environment},
             "silent_seconds": self._cluster.silent_seconds,
@@ -384,6 +387,10 @@ class Supervisor:
                 said = True
             self._crew.poll(0.5)
         self._records.flush()
+
+    def _again(self) -> str:
+        """The command that goes on where this job ends."""
+        return resume_command() if is_restart(self._run_dir, self._job) else command_line()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._stops += 1

@@ -49,8 +49,9 @@ def script(name: str) -> str:
     if name == "kubernetes":
         words += ["cluster.kubernetes.image=registry.local/tiankong:1", "cluster.kubernetes.volume_claim=shared"]
         return kubernetes.render(compose_train(words), words)
+    root = Path("/opt/tiankong")
     return slurm.render(
-        compose_train(words), words, root=Path("/opt/tiankong"), python="/opt/tiankong/.venv/bin/python"
+        compose_train(words), words, root=root, python=f"{root}/.venv/bin/python", job="0123456789abcdef"
     )
 
 

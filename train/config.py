@@ -355,9 +355,9 @@ class ResumeConfig:
     """What happens when run_dir already holds a run."""
 
     enabled: bool = True
-    """Continue from the newest whole checkpoint; false refuses to touch an existing run."""
+    """Continue from the newest whole checkpoint; false refuses to touch an existing run. Restarts of a job continue."""
     step: int | None = None
-    """Resume from this step's checkpoint in place of the newest."""
+    """Resume from this step's checkpoint in place of the newest; restarts of the job go on from the newest again."""
     reshape: bool = False
     """Allow another tensor_parallel, pipeline_parallel or zero_stage than the checkpoint was written with."""
     allow: list[str] = field(default_factory=list)

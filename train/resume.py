@@ -1,5 +1,6 @@
 """Where a run starts from, and which keys may differ between a checkpoint's config and the one that resumes it."""
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from data_prep.errors import ConfigError, DataError
 from train.checkpoint import read
 from train.checkpoint.inspect import flat
 from train.checkpoint.select import damage, find, read_state, tokenizer_sha256
-from train.collective import together
+from train.collective import gather, together
 from train.config import Config
 from train.mesh import Mesh
+from train.run_folder import is_restart
+
+logger = logging.getLogger(__name__)
 
 FREE = (
     "parallel.",  # tensor_parallel, pipeline_parallel and zero_stage under resume.reshape
@@ -48,12 +52,24 @@ def starting_point(config: Config, mesh: Mesh, dataset: Dataset, yaml: str) -> P
 
     Weights that a new run is to start from (`initialize_from`) are checked here too. Errors are raised on all ranks.
     """
-    found = read.choose(mesh, Path(config.run_dir), config.resume.step)
+    found = read.choose(mesh, Path(config.run_dir), _wanted_step(config, mesh))
     if found is not None:
         together(mesh, lambda: _check_checkpoint(config, mesh, dataset, yaml, found))
     elif config.initialize_from is not None:
         together(mesh, lambda: _check_source(str(config.initialize_from), mesh, dataset))
     return found
+
+
+def _wanted_step(config: Config, mesh: Mesh) -> int | None:
+    """resume.step; None for a restart, whose job has gone back there already and goes on from its newest checkpoint."""
+    step = config.resume.step
+    if step is None or not gather(mesh, mesh.rank == 0 and is_restart(config.run_dir))[0]:
+        return step
+    if mesh.rank == 0:
+        logger.info(
+            "resume.step=%d was obeyed by an earlier attempt of this job; going on from the newest checkpoint", step
+        )
+    return None
 
 
 def _check_checkpoint(config: Config, mesh: Mesh, dataset: Dataset, yaml: str, found: Path) -> None:

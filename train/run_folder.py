@@ -37,6 +37,10 @@ REWOUND = ("metrics", "validation", "tasks")
 
 COMMAND_VARIABLE = "TIANKONG_COMMAND"
 """Set by the launcher to the command the user typed, for its ranks to quote."""
+JOB_VARIABLE = "TIANKONG_JOB"
+"""Set by the launcher to a word that all attempts of a job share, restarts by Slurm and Kubernetes among them."""
+_ONCE = ("resume.step=", "resume.enabled=")
+"""What a user says about a run folder as it is when the job is launched: obeyed by the job's first attempt alone."""
 
 _PACKAGES = ("tiankong", "torch", "deepspeed", "triton", "numpy", "hydra-core", "sentencepiece", "wandb")
 
@@ -56,8 +60,8 @@ class RunFolder:
     def open(cls, path: str | Path, *, resume: bool) -> "RunFolder":
         """Take the folder for this process, making it if it is missing, and repair the torn end of a killed run.
 
-        resume: whether an existing run may be continued. Raises ConfigError when it may not and there is one, DataError
-        when another live process runs there or the folder cannot be written.
+        resume: whether an existing run may be continued; a restart continues its own in any case. Raises ConfigError
+        when it may not and there is one, DataError when another live process runs there or nothing can be written.
         """
         path = Path(path)
         if path.exists() and not path.is_dir():
@@ -69,7 +73,7 @@ class RunFolder:
         lock = RunLock(path / "lock")
         try:
             attempt = _next_attempt(path)
-            if not resume and holds_run(path):
+            if not resume and holds_run(path) and not is_restart(path):
                 raise ConfigError(
                     f"run_dir={path} already holds a run and resume.enabled=false; "
                     "set resume.enabled=true to continue it, or give another run_dir"
@@ -102,6 +106,7 @@ class RunFolder:
             "attempt": self.attempt,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": command_line(),
+            "job": os.environ.get(JOB_VARIABLE) or None,
             "host": socket.gethostname(),
             "device": device or cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -226,6 +231,18 @@ def holds_run(path: str | Path) -> bool:
     )
 
 
+def is_restart(path: str | Path, job: str | None = None) -> bool:
+    """Whether an attempt of the same job has begun to train in this folder, and so has obeyed resume.step.
+
+    job: its word; by default the one that this process got from its launcher. Without a launcher nothing is a restart.
+    """
+    job, file = job or os.environ.get(JOB_VARIABLE), Path(path) / "environment.json"
+    if not job or not file.exists():
+        return False
+    newest = read_json(file)
+    return any(attempt.get("job") == job for attempt in (newest, *newest.get("earlier", [])))
+
+
 def read_log(file: Path) -> list[dict[str, Any]]:
     """Records of a log, of a live run too: a last line that is still being written is left out.
 
@@ -280,6 +297,14 @@ def command_line() -> str:
     # Hydra's entry point rewrites sys.argv.
     words = list(sys.orig_argv)
     return shlex.join([Path(words[0]).name, *words[1:]])
+
+
+def resume_command() -> str:
+    """`command_line` for going on with a run that has obeyed resume.step and resume.enabled: without these words."""
+    command = command_line()
+    words = shlex.split(command)
+    kept = [word for word in words if not word.lstrip("+").startswith(_ONCE)]
+    return command if kept == words else shlex.join(kept)
 
 
 def git_revision() -> str | None:

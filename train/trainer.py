@@ -38,7 +38,7 @@ from train.observers import MetricsObserver, Observer, ProgressObserver
 from train.records import Records
 from train.replicas import differing_replicas
 from train.resume import starting_point
-from train.run_folder import RunFolder, command_line
+from train.run_folder import RunFolder, resume_command
 from train.schedule import BatchSize, RunLength, embedding_shrink, learning_rate
 from train.scores import targets
 from train.signals import StopRequest
@@ -112,7 +112,7 @@ class Trainer:
             if not self.length.reached(self.step, self.consumed_samples):
                 status = "stopped"
                 reason = self.stop.name or "a signal to another rank"
-                raise Stopped(f"stopped by {reason} after step {self.step}; resume with: {command_line()}")
+                raise Stopped(f"stopped by {reason} after step {self.step}; resume with: {resume_command()}")
             status = "done"
         finally:
             for observer in self.observers:
@@ -216,8 +216,8 @@ class Trainer:
         if self.records.utilization(1.0) is None:
             logger.warning("MFU is not shown: the peak of %s is not known", device)
         facts = {"world_size": self.mesh.world, **self.mesh.describe(), "zero_stage": config.parallel.zero_stage}
-        self.folder.write_config(self.yaml)
         self.folder.write_environment(None if device == "cpu" else device, **facts)
+        self.folder.write_config(self.yaml)
         self.observers.append(MetricsObserver(self.folder))
         if config.logging.progress:
             self.observers.append(ProgressObserver(self.length.last_step(self.step, self.consumed_samples)))

@@ -37,7 +37,7 @@ def main(run_dir: Path) -> int:
         wait_for_all(meeting, rank, world, step)
         heart.now("data", step)
         if rank == 0:
-            record = {"step": step, "consumed_samples": BATCH * step, "world": world}
+            record = {"step": step, "consumed_samples": BATCH * step, "world": world, "job": os.environ["TIANKONG_JOB"]}
             with open(metrics, "a") as file:
                 file.write(json.dumps(record) + "\n")
         stop = (meeting / f"stop-{step}").exists()

@@ -107,6 +107,7 @@ def test_a_fault_is_named_and_the_job_goes_on(tmp_path, fault, kind, seen):
     status, err = job.run()
     assert status == 0, err
     assert job.history_is_whole()
+    assert len({line["job"] for line in job.lines("metrics.jsonl")}) == 1, "a restart is known by its job"
     (event,) = job.events()
     assert event["kind"] == kind
     assert seen in event["seen"]

@@ -63,6 +63,11 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in found]
 
 
+def job(word: str) -> dict[str, str]:
+    """The environment of a launch's ranks; a restart has the same."""
+    return {**os.environ, "TIANKONG_JOB": word}
+
+
 def started(words: list[str], run_dir: Path, module: str = "train") -> "subprocess.Popen[str]":
     """The command in a process group of its own."""
     return subprocess.Popen(
@@ -265,12 +270,20 @@ def test_resuming_from_an_earlier_step_leaves_the_later_history(
     run_dir = tmp_path / "run"
     shutil.copytree(whole_run, run_dir)
     later = [step for step in checkpoint_steps(run_dir) if step > 10]
-    command("train", *overrides, f"run_dir={run_dir}", "resume.step=10", "max_steps=12", "saving.keep_last=1")
+    words, of_a_job = [*overrides, f"run_dir={run_dir}", "resume.step=10", "saving.keep_last=1"], job("a")
+    command("train", *words, "max_steps=12", env=of_a_job)
     assert checkpoint_steps(run_dir) == [12]
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == "step_00000012"
     assert lines(run_dir) == lines(whole_run)[:12]
     aside = {path.name for path in (run_dir / "discarded").glob("checkpoints.attempt-*/step_*")}
     assert aside == {step_folder(run_dir, step).name for step in later}
+    # A restart has the same words: the job has gone back once, and the checkpoint of step 10 is no more.
+    done = command("train", *words, "resume.enabled=false", "max_steps=13", env=of_a_job)
+    assert "resume.step=10 was obeyed by an earlier attempt of this job" in done.stderr
+    assert lines(run_dir) == lines(whole_run)[:13]
+    done = command("train", *words, "max_steps=14", env=job("b"), check=False)
+    assert done.returncode == 3
+    assert "holds no checkpoint of step 10; there are [13]" in done.stderr
 
 
 def test_no_whole_checkpoint_is_an_error_and_nothing_is_lost(

@@ -18,7 +18,7 @@ import pytest
 
 import train.run_lock
 from data_prep.errors import ConfigError, DataError
-from train.run_folder import RunFolder, finite, read_log
+from train.run_folder import RunFolder, finite, is_restart, read_log, resume_command
 
 pytestmark = pytest.mark.unit
 
@@ -77,6 +77,40 @@ def test_an_existing_run_is_not_touched_without_resume(folder):
         RunFolder.open(folder.path, resume=False)
     # The refusal leaves no lock behind.
     RunFolder.open(folder.path, resume=True).close()
+
+
+def test_a_restart_of_the_same_job_continues_its_own_run(folder, monkeypatch):
+    path = folder.path
+    monkeypatch.setenv("TIANKONG_JOB", "a")
+    folder.write_environment()
+    folder.write_config("seed: 1\n")
+    folder.close()
+    for job, restarts in {"a": True, "b": False, "": False}.items():
+        monkeypatch.setenv("TIANKONG_JOB", job)
+        assert is_restart(path) == is_restart(path, job) == restarts
+        if restarts:
+            RunFolder.open(path, resume=False).close()
+        else:
+            with pytest.raises(ConfigError, match=r"resume\.enabled"):
+                RunFolder.open(path, resume=False)
+    monkeypatch.setenv("TIANKONG_JOB", "c")
+    folder = reopen(folder)
+    folder.write_environment()
+    folder.close()
+    assert is_restart(path, "a"), "another command came between"
+
+
+@pytest.mark.parametrize(
+    "typed, quoted",
+    [
+        ("python -m launch resume.step=10 seed=1", "python -m launch seed=1"),
+        ("python -m launch ++resume.step=10 'run_dir=a b' resume.enabled=false", "python -m launch 'run_dir=a b'"),
+        ('sbatch "runs/a b/job.sbatch"', 'sbatch "runs/a b/job.sbatch"'),
+    ],
+)
+def test_the_command_that_goes_on_leaves_out_what_was_obeyed(monkeypatch, typed, quoted):
+    monkeypatch.setenv("TIANKONG_COMMAND", typed)
+    assert resume_command() == quoted
 
 
 def test_an_empty_folder_needs_no_resume(tmp_path):
