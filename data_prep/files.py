@@ -7,7 +7,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -69,12 +69,13 @@ def write_error(path: str | Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be written ({error.strerror or error})")
 
 
-def checksum(path: str | Path) -> str:
-    """xxh3-128 of a file's content, as hexadecimal digits."""
+def checksum(path: str | Path, after_chunk: Callable[[], None] = lambda: None) -> str:
+    """xxh3-128 of a file's content, as hexadecimal digits. after_chunk: called each MiB."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            after_chunk()
     return digest.hexdigest()
 
 

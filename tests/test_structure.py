@@ -12,7 +12,7 @@ pytestmark = pytest.mark.unit
 ROOMS = {"data_prep": set(), "kernels": set(), "train": {"data_prep", "kernels"}, "launch": {"train", "data_prep"}}
 LAUNCH_MAY_IMPORT = {
     *("train.cluster", "train.config", "train.rules", "train.cli", "train.arithmetic", "train.run_folder"),
-    *("train.heartbeat", "train.run_lock"),
+    *("train.heartbeat", "train.progress", "train.run_lock"),
     *("train.charts", "train.page", "train.observers", "train.memory"),
 }
 

@@ -26,6 +26,7 @@ from train.memory import largest_holders, peak_memory
 from train.mesh import Mesh
 from train.model.build import DTYPES
 from train.optimizer import make_optimizer
+from train.progress import alive
 from train.stability.guard import FIELDS, Guard, Measured
 
 
@@ -267,6 +268,7 @@ class Engine:
 
     def _note(self, loss: Tensor, z_loss: Tensor, sums: Tensor) -> Tensor:
         """Add one micro-batch's numbers up on the device; returns what the backward pass starts from."""
+        alive()
         self._losses[0] += loss.detach()
         self._losses[1] += z_loss.detach()
         self._sums += sums

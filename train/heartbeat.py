@@ -25,6 +25,8 @@ from pathlib import Path
 
 import psutil
 
+from train.progress import last_alive
+
 BEAT_SECONDS = 1.0
 """How often the file is written."""
 SAMPLE_SECONDS = 0.5
@@ -52,7 +54,7 @@ class Beat:
     collective: str | None
     """The collective that the rank is in, and the line that called it."""
     since: float
-    """When the phase or the step last changed."""
+    """When the phase or the step last changed, or a piece of the phase's work was done (`train.progress`)."""
     own_seconds: float | None
     """Seconds a step outside of collectives, over the last minute; None before a third of one."""
     pid: int
@@ -135,7 +137,7 @@ class Heartbeat:
             step=self._step,
             phase=self._phase,
             collective=self._collective,
-            since=self._since,
+            since=max(self._since, last_alive()),
             own_seconds=self._own_seconds(),
             pid=os.getpid(),
             host=socket.gethostname(),

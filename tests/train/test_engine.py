@@ -28,6 +28,7 @@ from train.cli import compose_train
 from train.labels import Labels, inputs
 from train.mesh import Mesh
 from train.model.build import Model, named_layouts
+from train.progress import last_alive
 from train.schedule import BatchSize
 
 TENSOR, PIPELINE = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"
@@ -192,8 +193,10 @@ def _evaluated(overrides: list[str]) -> list[list[float]]:
     engine = start_engine([*overrides, *DROPOUT])
     before = engine.evaluate(my_batches(engine, 0, BATCH))
     engine.step(my_batches(engine, 0, BATCH), LR, SHRINK)
+    progress = last_alive()
     again = engine.evaluate(my_batches(engine, 0, BATCH))
     assert before != again
+    assert last_alive() > progress or not engine.mesh.last_stage, "a long evaluation is no hang"
     sums: list[list[float]] = again
     return sums
 

@@ -17,10 +17,11 @@ WORLD = 2
 
 
 def test_training_goes_on_while_files_are_written(tmp_path: Path) -> None:
-    committed, saved, later = in_ranks(WORLD, _blocked, str(tmp_path))
+    committed, saved, later, goes_on = in_ranks(WORLD, _blocked, str(tmp_path))
     assert committed == [False, True]
     assert saved == [True] * len(saved)
     assert not any(later)
+    assert goes_on, "what the thread writes while its rank waits for it is progress"
 
 
 def test_an_error_in_one_ranks_thread_reaches_all_ranks(tmp_path: Path) -> None:
@@ -30,11 +31,13 @@ def test_an_error_in_one_ranks_thread_reaches_all_ranks(tmp_path: Path) -> None:
     assert kept == ["latest", "step_00000001"]
 
 
-def _blocked(run_dir: str) -> tuple[list[bool], list[bool], list[bool]]:
+def _blocked(run_dir: str) -> tuple[list[bool], list[bool], list[bool], bool]:
     """A save whose second rank is slow: is it committed before and after, does it hold the step it was begun at?"""
     from train.checkpoint import write
     from train.checkpoint.pieces import PieceReader
     from train.checkpoint.select import checkpoint_steps, find
+    from train.collective import gather
+    from train.progress import last_alive
 
     engine = start_engine([])
     saver = saver_of(engine, run_dir)
@@ -53,15 +56,17 @@ def _blocked(run_dir: str) -> tuple[list[bool], list[bool], list[bool]]:
             step(number)
             saver.poll()
         committed = [bool(checkpoint_steps(Path(run_dir)))]
+        progress = last_alive()
         released.set()
         assert saver.finish()
+        goes_on = gather(engine.mesh, last_alive() > progress)[1]
         assert not saver.finish()
     committed.append(checkpoint_steps(Path(run_dir)) == [1])
     reader = PieceReader(find(run_dir))
     after = _weights(engine)
     names = reader.names("weight")
     saved = [torch.equal(reader.full("weight", name), before[name]) for name in names]
-    return committed, saved, [torch.equal(before[name], after[name]) for name in names]
+    return committed, saved, [torch.equal(before[name], after[name]) for name in names], goes_on
 
 
 def _failing(run_dir: str) -> tuple[list[str], list[str]]:

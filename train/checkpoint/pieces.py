@@ -22,6 +22,7 @@ from torch import Tensor
 from data_prep.errors import DataError
 from train.checkpoint.tensor_file import write_tensors
 from train.model.parameters import Layout
+from train.progress import alive
 
 KINDS = ("weight", "master", "exp_avg", "exp_avg_sq")
 
@@ -138,6 +139,7 @@ class PieceReader:
             if piece.start <= start < upto:
                 with safe_open(self.folder / piece.file, framework="pt") as file:
                     tensors.append(file.get_slice(piece.key)[start - piece.start : upto - piece.start])
+                alive()
                 start = upto
         if start != end:
             kind, name = pieces[0].kind, pieces[0].layout.name

@@ -24,6 +24,7 @@ from train.checkpoint.select import step_folder
 from train.collective import any_rank, gather, on_rank_zero, together
 from train.config import SavingConfig
 from train.engine import Engine
+from train.progress import waiting_for_a_thread
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ class Saver:
         """Wait until the save under way is whole; whether there was one. Raises as `poll` does."""
         waited = False
         while (work := self._commit or self._files) is not None:
-            wait([work])
+            with waiting_for_a_thread():
+                wait([work])
             self._advance()
             waited = True
         return waited

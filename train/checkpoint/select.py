@@ -11,6 +11,7 @@ from xxhash import xxh3_128_hexdigest
 from data_prep.errors import DataError
 from data_prep.files import checksum, write_bytes
 from data_prep.tokenizer import Tokenizer
+from train.progress import alive
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -96,7 +97,7 @@ def _damage_of(path: Path, entry: dict[str, Any], deep: bool) -> str | None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"{path} has {size} bytes where its manifest says {entry['bytes']}"
-        whole = not deep or checksum(path) == entry["checksum"]
+        whole = not deep or checksum(path, alive) == entry["checksum"]
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:

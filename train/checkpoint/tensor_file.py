@@ -19,8 +19,11 @@ import xxhash
 from torch import Tensor
 
 from data_prep.files import write_error
+from train.progress import alive
 
 _BLOCK = 8 << 20
+_FLUSHED = 256 << 20
+"""Bytes after which a file is flushed: the disk's pace shows in the progress, and the last flush is a short one."""
 SAFETENSORS_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -69,7 +72,7 @@ class SafetensorsWriter:
             offset += spec.bytes
         self._left = list(reversed(specs))
         self._digest = xxhash.xxh3_128()
-        self._bytes = 0
+        self._bytes = self._flushed = 0
         try:
             # Unbuffered: what is written went to the system, and a full disk is met here.
             self._file = path.open("wb", buffering=0)
@@ -93,6 +96,10 @@ class SafetensorsWriter:
                 self._digest.update(content[:written])
                 self._bytes += written
                 content = content[written:]
+                if self._bytes - self._flushed >= _FLUSHED:
+                    os.fsync(self._file.fileno())
+                    self._flushed = self._bytes
+                alive()
         except OSError as error:
             self._file.close()
             raise write_error(self.path, error) from error

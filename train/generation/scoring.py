@@ -18,6 +18,7 @@ from train.generation.forms import Form, Opening
 from train.generation.picking import allow
 from train.model.build import Model
 from train.model.cache import KeyValueCache
+from train.progress import alive
 
 PASS_SLOTS = {"cpu": 4096}
 """Slots of one pass by device type: bounds its memory, and on a CPU keeps it in the caches."""
@@ -80,6 +81,7 @@ def score(
         part = [questions[number] for number in chunk]
         for number, scores in zip(chunk, _score_chunk(model, tokenizer, part, limit), strict=True):
             found[number] = scores
+        alive()
     return found
 
 
