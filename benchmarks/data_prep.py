@@ -4,6 +4,7 @@
     python -m benchmarks.data_prep languages lid.jsonl     # accuracy; lines {text, lang, set}
     python -m benchmarks.data_prep speed DATASET           # MB/s of each step on one core, with DATASET's tokenizer
     python -m benchmarks.data_prep cost DATASET zh.jsonl en.jsonl 25 50 100 200    # whole preparations of so many MB
+    python -m benchmarks.data_prep memory DATASET 200000x90 400000x90 48x2000000     # one file of so many documents
     python -m benchmarks.data_prep start DATASET           # opening a dataset of 1 TB (sparse files)
 
 Times are of the processor, which a shared machine does not falsify.
@@ -209,6 +210,30 @@ def cost(folder: str, zh: str, en: str, *megabytes: str) -> None:
     table(header, rows)
 
 
+def memory(folder: str, *shapes: str) -> None:
+    """What each stage holds when one file has so many Chinese documents of so many characters, COUNTxCHARACTERS.
+
+    Their characters are drawn from the embedded corpus, so that no two documents are alike.
+    """
+    characters = np.array(list("".join(texts("zh"))))
+    rows: list[tuple[object, ...]] = []
+    for shape in shapes:
+        count, size = map(int, shape.split("x"))
+        with tempfile.TemporaryDirectory() as place:
+            random_ = np.random.default_rng(0)
+            with open(Path(place) / "zh.jsonl", "w", encoding="utf-8") as file:
+                for _ in range(count):
+                    text = "".join(characters[random_.integers(0, len(characters), size)])
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            out = Path(place) / "out"
+            words = [f"data.sources=[{place}/zh.jsonl]", f"data.path={out}", f"tokenizer.path={folder}"]
+            words += ["data.cleaning.near_duplicates=true", "tokenizer.threads=1", "data.pipeline.workers=1"]
+            cpu, held = _watched([sys.executable, "-m", "data_prep", *words], out / ".work" / "logs")
+        rows.append((f"{count:,}", f"{size:,}", *(f"{cpu[s]:.0f} s, {held[s] / 2**20:.0f} MiB" for s in STAGES)))
+        print(rows[-1], file=sys.stderr, flush=True)
+    table(("documents", "characters each", *STAGES), rows)
+
+
 def _watched(command: list[str], logs: Path) -> tuple[Counter[str], Counter[str]]:
     """Run a preparation; CPU seconds and most resident bytes of its processes, by stage.
 
@@ -310,7 +335,7 @@ def start(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    known: dict[str, Callable[..., None]] = {f.__name__: f for f in (duplicates, languages, speed, cost, start)}
+    known: dict[str, Callable[..., None]] = {f.__name__: f for f in (duplicates, languages, speed, cost, memory, start)}
     if len(sys.argv) < 2 or sys.argv[1] not in known:
         sys.exit(str(__doc__))
     known[sys.argv[1]](*sys.argv[2:])
