@@ -68,6 +68,9 @@ def misbehave(run_dir: Path, rank: int, step: int) -> None:
         return
     if not fault.get("always"):
         file.unlink()
+    # How many steps are redone must not depend on who is faster: rank 0 has written the last one.
+    while len((run_dir / "metrics.jsonl").read_text().splitlines()) < step:
+        time.sleep(0.01)
     do = fault["do"]
     if do.startswith("exit:"):
         print(f"planted: rank {rank} ends", file=sys.stderr)
