@@ -47,6 +47,12 @@ def on_rank_zero(mesh: Mesh, work: Callable[[], Result]) -> Result | None:
     return together(mesh, lambda: work() if mesh.rank == 0 else None)
 
 
+def from_rank_zero(mesh: Mesh, work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 only; its result, and its error, everywhere."""
+    result: Result = gather(mesh, on_rank_zero(mesh, work))[0]
+    return result
+
+
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     try:
         return work(), None

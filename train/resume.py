@@ -11,7 +11,7 @@ from data_prep.errors import ConfigError, DataError
 from train.checkpoint import read
 from train.checkpoint.inspect import flat
 from train.checkpoint.select import damage, find, read_state, tokenizer_sha256
-from train.collective import gather, together
+from train.collective import from_rank_zero, together
 from train.config import Config
 from train.mesh import Mesh
 from train.run_folder import is_restart
@@ -63,7 +63,7 @@ def starting_point(config: Config, mesh: Mesh, dataset: Dataset, yaml: str) -> P
 def _wanted_step(config: Config, mesh: Mesh) -> int | None:
     """resume.step; None for a restart, whose job has gone back there already and goes on from its newest checkpoint."""
     step = config.resume.step
-    if step is None or not gather(mesh, mesh.rank == 0 and is_restart(config.run_dir))[0]:
+    if step is None or not from_rank_zero(mesh, lambda: is_restart(config.run_dir)):
         return step
     if mesh.rank == 0:
         logger.info(

@@ -24,7 +24,7 @@ from train.checkpoint import read, write
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.saver import Saver
 from train.checkpoint.select import find
-from train.collective import any_rank, gather, on_rank_zero, together
+from train.collective import any_rank, from_rank_zero, on_rank_zero, together
 from train.config import Config
 from train.engine import Engine, StepNumbers, StepResult
 from train.fragments import adam_steps
@@ -186,8 +186,7 @@ class Trainer:
         self.reactions = Reactions(config, self.engine)
         self.memory = MemoryUse(self.engine, self.folder)
         self.heart.now("checkpoint")
-        events = on_rank_zero(self.mesh, lambda: self.folder.read("events") if self.folder is not None else [])
-        events = gather(self.mesh, events)[0] or []
+        events = from_rank_zero(self.mesh, lambda: self.folder.read("events") if self.folder is not None else [])
         self._told = {event["id"] for event in events}
         self.reactions.remember(events)
         self._resume(found)
@@ -245,7 +244,7 @@ class Trainer:
             reader = PieceReader(find(self.config.initialize_from), ("model",))
             together(self.mesh, lambda: read.load_weights(self.engine, reader))
         self._skip(self.reactions.go_on_from(self.step))
-        self._evaluated = gather(self.mesh, on_rank_zero(self.mesh, self._rewind))[0] or {}
+        self._evaluated = from_rank_zero(self.mesh, self._rewind)
 
     def _roll_back(self) -> None:
         """Go back to the checkpoint that a reaction chose, and go on past what it skips."""

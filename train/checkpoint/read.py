@@ -10,7 +10,7 @@ import torch
 from data_prep.errors import ConfigError, DataError
 from train.checkpoint.pieces import PieceReader
 from train.checkpoint.select import checkpoint_steps, damage, find, read_manifest, read_state, step_folder
-from train.collective import gather, on_rank_zero
+from train.collective import from_rank_zero, gather
 from train.engine import Engine
 from train.fragments import release_gathered, set_adam_steps
 from train.mesh import Mesh
@@ -28,9 +28,7 @@ def choose(mesh: Mesh, run_dir: Path, step: int | None = None) -> Path | None:
     do. Raises DataError, on every rank, where none is whole.
     """
     # One rank's listing counts for all: a file system may show them different ones for a moment.
-    steps = on_rank_zero(mesh, lambda: _candidates(run_dir, step)) or []
-    steps = next(found for found in gather(mesh, steps if mesh.rank == 0 else None) if found is not None)
-    folder, said = newest_whole(mesh, run_dir, steps)
+    folder, said = newest_whole(mesh, run_dir, from_rank_zero(mesh, lambda: _candidates(run_dir, step)))
     if folder is not None:
         if said and mesh.rank == 0:
             logger.warning("%s; resuming from %s instead", said, folder)
