@@ -20,9 +20,6 @@ def variables(run_dir: Path, events: int) -> dict[str, str]:
     return {
         "TORCH_FR_BUFFER_SIZE": str(events),
         "TORCH_FR_DUMP_TEMP_FILE": file,
-        # The names of the same two before torch 2.9.
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(events),
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": file,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": _pipes(run_dir),
     }

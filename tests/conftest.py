@@ -19,7 +19,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from data_prep.config import DataConfig, PrepConfig, TokenizerConfig
-from data_prep.prepare import prepare
 from data_prep.sources import BUNDLED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +60,8 @@ def command() -> Command:
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete dataset folder: 50 Chinese and 50 English documents of the embedded corpus, 600 pieces."""
+    from data_prep.prepare import prepare  # the kernels' tests run where nothing that prepares data is installed
+
     sources = tmp_path_factory.mktemp("tiny_sources")
     files = []
     for lang in ("zh", "en"):

@@ -200,7 +200,7 @@ def make_mesh(config: Config) -> Mesh:
             pair = [line[0], line[-1]]
             group = torch.distributed.new_group(pair)
             ends = group if rank in pair else ends
-    return Mesh(
+    mesh = Mesh(
         device=device(),
         rank=rank,
         data=data,
@@ -216,6 +216,17 @@ def make_mesh(config: Config) -> Mesh:
         host_group=None if device().type == "cpu" else torch.distributed.new_group(backend="gloo"),
         grid=grid,
     )
+    _connect(mesh)
+    return mesh
+
+
+def _connect(mesh: Mesh) -> None:
+    """A first collective in each group: they connect here, so that a link that does not work shows before the model."""
+    world = torch.distributed.group.WORLD
+    for group in (world, mesh.data_group, mesh.tensor_group, mesh.pipeline_group, mesh.embedding_group):
+        if group is not None:
+            torch.distributed.all_reduce(torch.zeros(1, device=mesh.device), group=group)
+    synchronize()
 
 
 def tensor_mesh() -> Mesh:

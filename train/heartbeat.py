@@ -50,7 +50,7 @@ class Beat:
     step: int
     """Steps done."""
     phase: str
-    """imports, rendezvous, start, engine, data, step, read, validate, save or ended."""
+    """imports, rendezvous, collectives, checkpoint, engine, data, step, read, validate, save or ended."""
     collective: str | None
     """The collective that the rank is in, and the line that called it."""
     since: float

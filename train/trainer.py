@@ -66,6 +66,7 @@ def main(config: Config) -> int:
     operations(config, backend.device(), DTYPES[config.precision.dtype])
     heart.now("rendezvous")
     backend.start()
+    heart.now("collectives")
     try:
         Trainer(config, dataset, backend.make_mesh(config), heart).run()
     finally:

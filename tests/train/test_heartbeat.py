@@ -41,11 +41,11 @@ def until(condition, seconds: float = 60.0):
 @pytest.mark.unit
 def test_phases_steps_and_start_up(tmp_path):
     heart = Heartbeat(tmp_path, 3)
-    for phase in ("rendezvous", "engine", "data", "step"):
+    for phase in ("rendezvous", "collectives", "engine", "data", "step"):
         heart.now(phase)
     assert heart.startup == {}
     heart.now("data", 1)
-    assert list(heart.startup) == ["imports", "rendezvous", "engine", "data", "step"]
+    assert list(heart.startup) == ["imports", "rendezvous", "collectives", "engine", "data", "step"]
     assert heart.startup["imports"] > 0
     assert not (tmp_path / "heartbeat").exists()
     heart.start()
