@@ -1,7 +1,7 @@
 """Benchmark of parallel training on two GPUs of one host: does it train the same model, how fast, where time goes.
 
     python -m benchmarks.parallel                            # all rows within 9 minutes; writes benchmarks/parallel/
-    python -m benchmarks.parallel --only parity              # rows whose name begins so
+    python -m benchmarks.parallel --only 'parity/*' 7b/fsdp2   # some rows
     python -m benchmarks.parallel --toy                      # every row at a toy size on a CPU: does it run?
 
 Parity first: a 100 M model on real text (the embedded corpus by characters), bf16, dropout on, fused kernels. One GPU
@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,9 @@ def main() -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name, such as parity/tensor_2, begins so")
+    parser.add_argument(
+        "--only", nargs="*", default=["*"], help="rows such as parity/tensor_2, or patterns such as '7b/*'"
+    )
     parser.add_argument("--toy", action="store_true", help="a toy model everywhere, for a machine without GPUs")
     parser.add_argument("--parity-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=3, help="steps that count in a speed row (default 3)")
@@ -405,7 +408,7 @@ def about(row: Row) -> dict[str, Any]:
 
 def wanted(name: str, options: argparse.Namespace) -> bool:
     """Whether the command line asks for a row."""
-    return any(name.startswith(start) for start in options.only)
+    return any(fnmatch(name, pattern) for pattern in options.only)
 
 
 def say(row: dict[str, Any]) -> None:
