@@ -6,7 +6,7 @@ two engines want. Results stay on the device until `read` fetches many steps at 
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from train import backend
 from train.bubble import StageClock
 from train.collective import gather
 from train.config import Config
-from train.fragments import Fragment, local_fragments
+from train.fragments import Fragment, inner_optimizer, local_fragments
 from train.labels import Labels, inputs
 from train.memory import largest_holders, peak_memory
 from train.mesh import Mesh
@@ -78,6 +78,9 @@ class Engine:
         self._losses = [torch.zeros((), dtype=torch.float64, device=mesh.device) for _ in range(2)]
         self._sums = torch.zeros(NUM_GROUPS, 2, dtype=torch.float64, device=mesh.device)
         self.deepspeed, self.model = self._make()
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before weights or optimizer states may change: a save may still be copying them."""
+        inner_optimizer(self.deepspeed.optimizer).register_step_pre_hook(lambda *_: self.before_change())
         self.flags = self.model.watch()
         self.guard = Guard.of(config, mesh, self.model, self.deepspeed.optimizer)
 
@@ -212,7 +215,11 @@ class Engine:
         return {}
 
     def fragments(self) -> Iterator[Fragment]:
-        """The pieces of master weights and optimizer states that this rank owns; see `train.fragments`."""
+        """The pieces of master weights and optimizer states that this rank owns, to read or to change.
+
+        See `train.fragments`.
+        """
+        self.before_change()
         if self.config.parallel.offload_optimizer:
             self.synchronize()  # moments may be on their way to the host
         return local_fragments(self.deepspeed.optimizer, self.model, self.mesh, self.zero_stage)

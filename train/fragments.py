@@ -47,8 +47,7 @@ def local_fragments(optimizer: Any, model: nn.Module, mesh: Mesh, zero_stage: in
         if place is None:
             continue
         flat, offset, length, start = place
-        inner = optimizer if zero_stage == 0 else optimizer.optimizer
-        state = _adam_state(inner, flat)
+        state = _adam_state(inner_optimizer(optimizer), flat)
         yield Fragment(
             layout,
             start,
@@ -59,16 +58,21 @@ def local_fragments(optimizer: Any, model: nn.Module, mesh: Mesh, zero_stage: in
         )
 
 
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's optimizer, inside of DeepSpeed's wrapper where there is one."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
 def adam_steps(optimizer: Any) -> int:
     """Updates that the optimizer has made; the same for every parameter."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = inner_optimizer(optimizer)
     return max((int(state["step"]) for state in inner.state.values() if "step" in state), default=0)
 
 
 def set_adam_steps(optimizer: Any, steps: int) -> None:
     """Tell the optimizer how many updates it has made, for Adam's bias correction."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for state in inner.state.values():
+    for state in inner_optimizer(optimizer).state.values():
         if "step" in state:
             state["step"].fill_(float(steps))
 

@@ -1,6 +1,7 @@
 """Saves in the background: training goes on meanwhile, what is saved is the step it was begun at, errors reach all."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ def test_training_goes_on_while_files_are_written(tmp_path: Path) -> None:
     assert saved == [True] * len(saved)
     assert not any(later)
     assert goes_on, "what the thread writes while its rank waits for it is progress"
+
+
+def test_an_update_waits_for_the_copy_that_a_save_makes(tmp_path: Path) -> None:
+    layouts = [
+        ["parallel.zero_stage=0"],
+        ["parallel.zero_stage=3"],
+        ["precision=bf16", "parallel.offload_optimizer=true"],
+    ]
+    assert in_ranks(WORLD, _copied_late, layouts, str(tmp_path)) == [(True, False)] * len(layouts)
 
 
 def test_an_error_in_one_ranks_thread_reaches_all_ranks(tmp_path: Path) -> None:
@@ -67,6 +77,50 @@ def _blocked(run_dir: str) -> tuple[list[bool], list[bool], list[bool], bool]:
     names = reader.names("weight")
     saved = [torch.equal(reader.full("weight", name), before[name]) for name in names]
     return committed, saved, [torch.equal(before[name], after[name]) for name in names], goes_on
+
+
+def _copied_late(layouts: list[list[str]], run_dir: str) -> list[tuple[bool, bool]]:
+    """For each layout a save whose copy begins only when the next update asks for it, and takes its time.
+
+    Whether every piece was copied as it was before that update, and whether they are still so after it.
+    """
+    from train.checkpoint.staging import Staging
+
+    def same(pieces: Any, before: Any) -> bool:
+        return all(
+            torch.equal(tensor.reshape(-1), other)
+            for part in ("model", "optimizer")
+            for (_, tensor), (_, other) in zip(pieces[part], before[part], strict=True)
+        )
+
+    def layout(number: int) -> tuple[bool, bool]:
+        engine = start_engine(layouts[number])
+        saver = saver_of(engine, f"{run_dir}/{number}")
+        step = _stepper(engine)
+        step(0)
+        pieces = saver._staging.pieces()
+        before = {part: [(p, t.detach().reshape(-1).clone()) for p, t in held] for part, held in pieces.items()}
+        asked, waits, copied = threading.Event(), engine.before_change, []
+
+        def ask() -> None:
+            asked.set()
+            waits()
+
+        def late(staging: Any, pieces: Any) -> Any:
+            asked.wait(20)
+            time.sleep(0.2)
+            copied.append(copy(staging, pieces))
+            return copied[0]
+
+        copy = Staging.copy
+        with mock.patch.object(Staging, "copy", late):
+            saver.start(_state(1))
+            engine.before_change = ask
+            step(1)
+            saver.finish()
+        return same(copied[0], before), same(pieces, before)
+
+    return [layout(number) for number in range(len(layouts))]
 
 
 def _failing(run_dir: str) -> tuple[list[str], list[str]]:

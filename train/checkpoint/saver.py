@@ -1,6 +1,7 @@
 """Saving while training goes on.
 
-    start   copy this rank's pieces to host memory (the step waits for this alone); a thread writes them to files
+    start   a thread copies this rank's pieces to host memory and writes them to files; the next update of the weights
+            waits for the copy, the forward and backward passes before it do not
     poll    after each step: have all ranks written? then rank 0's thread commits: manifest, name, `latest`
     finish  wait for both; before the run ends, and before the next save if the disk is slower than the training
 
@@ -21,6 +22,7 @@ from typing import Any, Self
 from data_prep.errors import DataError, RankFailed, RunFailed
 from train.checkpoint import write
 from train.checkpoint.select import step_folder
+from train.checkpoint.staging import Pieces, Staging
 from train.collective import any_rank, gather, on_rank_zero, together
 from train.config import SavingConfig
 from train.engine import Engine
@@ -46,9 +48,12 @@ class Saver:
         self.engine, self.run_dir, self.config = engine, run_dir, config
         self._config_yaml, self._tokenizer = config_yaml, tokenizer
         self._before_commit = before_commit
-        self._staging = write.Staging(engine.mesh.device)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._staging = Staging(engine)
+        self._thread.submit(self._staging.prepare, self._staging.pieces())
+        engine.before_change = self._wait_for_copy
         self._state: dict[str, Any] = {}
+        self._copy: Future[Pieces] | None = None
         self._files: Future[Any] | None = None
         self._commit: Future[None] | None = None
 
@@ -64,8 +69,8 @@ class Saver:
     def start(self, state: dict[str, Any]) -> None:
         """Begin to save the step in hand. state: what `trainer_state.json` keeps, with the step.
 
-        Returns when the copy is made, or with saving.asynchronous=false when the checkpoint is whole. Raises DataError
-        on every rank where this save's folder cannot be made or the save before it failed.
+        Returns at once, or with saving.asynchronous=false when the checkpoint is whole. Raises DataError on every rank
+        where this save's folder cannot be made or the save before it failed.
         """
         begun = time.perf_counter()
         if self.finish() and self.config.asynchronous and self.engine.mesh.rank == 0:
@@ -77,8 +82,8 @@ class Saver:
             )
         self._state = state
         on_rank_zero(self.engine.mesh, lambda: write.make_folders(self._partial))
-        staged = self._staging.copy(self.engine)
-        self._files = self._thread.submit(write.write_files, self._partial, self.engine.mesh.rank, staged)
+        self._copy = self._thread.submit(self._staging.copy, self._staging.pieces())
+        self._files = self._thread.submit(self._written, self._copy)
         if not self.config.asynchronous:
             self.finish()
 
@@ -97,6 +102,19 @@ class Saver:
             self._advance()
             waited = True
         return waited
+
+    def _wait_for_copy(self) -> None:
+        """What the engine calls before it changes what a save may still be copying."""
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            with waiting_for_a_thread():
+                wait([copy])
+            self._staging.order()
+
+    def _written(self, copy: Future[Pieces]) -> dict[str, dict[str, Any]]:
+        staged = copy.result()
+        self._staging.wait()
+        return write.write_files(self._partial, self.engine.mesh.rank, staged)
 
     def _advance(self) -> None:
         """From written files to the commit, or from the commit to rest; the work is done on every rank."""

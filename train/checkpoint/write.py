@@ -1,54 +1,19 @@
-"""The pieces of a save: what a rank copies, the files it writes from the copy, and the commit that makes them count.
+"""The files of a save: what each rank writes, and the commit that makes them count.
 
 `train.checkpoint.saver` puts them in order. All ranks write into a `.partial` folder, which gets its real name only
 when it is whole.
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from data_prep.files import checksum, sync_folder, write_bytes, write_json
-from train.checkpoint.pieces import Piece, save_pieces
+from train.checkpoint.pieces import save_pieces
 from train.checkpoint.select import LATEST, MANIFEST, checkpoint_steps, step_folder, write_manifest
-from train.engine import Engine
-from train.model.build import named_layouts
+from train.checkpoint.staging import Pieces
 
 VERSION = 1
-Staged = dict[str, list[tuple[Piece, Tensor]]]
-"""This rank's share of a checkpoint in host memory, by part: `model`, `optimizer`."""
-
-
-class Staging:
-    """Host memory that a save is copied into, so that training may change the originals while files are written.
-
-    Page-locked on accelerators, which makes the copy as fast as the bus; kept from save to save, since page-locking is
-    slow. It holds what this rank writes: with half precision up to 14 bytes for each of its parameters.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._pin = device.type != "cpu"
-        self._buffers: dict[str, Tensor] = {}
-
-    def copy(self, engine: Engine) -> Staged:
-        """This rank's pieces as they are now. The one part of a save that the training step waits for."""
-        staged = {
-            part: [(piece, self._start(piece, tensor)) for piece, tensor in pieces]
-            for part, pieces in (("model", _weights(engine)), ("optimizer", _states(engine)))
-        }
-        engine.synchronize()
-        return staged
-
-    def _start(self, piece: Piece, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(piece.key)
-        if buffer is None or buffer.shape != (tensor.numel(),) or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=self._pin)
-            self._buffers[piece.key] = buffer
-        return buffer.copy_(tensor.detach().reshape(-1), non_blocking=self._pin)
 
 
 def make_folders(partial: Path) -> None:
@@ -58,7 +23,7 @@ def make_folders(partial: Path) -> None:
         (partial / part).mkdir(parents=True)
 
 
-def write_files(partial: Path, rank: int, staged: Staged) -> dict[str, dict[str, Any]]:
+def write_files(partial: Path, rank: int, staged: Pieces) -> dict[str, dict[str, Any]]:
     """Write this rank's files; returns their entries for the manifest, by name."""
     names = {f"{part}/rank_{rank:05d}.safetensors": pieces for part, pieces in staged.items() if pieces}
     return {name: save_pieces(partial / name, pieces) for name, pieces in names.items()}
@@ -137,34 +102,6 @@ def set_aside(run_dir: Path, step: int, attempt: int) -> None:
         shutil.rmtree(aside / folder.name, ignore_errors=True)
         folder.rename(aside / folder.name)
     write_bytes(run_dir / "checkpoints" / LATEST, (step_folder(run_dir, step).name + "\n").encode())
-
-
-def _weights(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
-    """The compute-dtype weights that this rank saves: whole shards, or the ranges that ZeRO-3 left it."""
-    if engine.zero_stage == 3:
-        for fragment in engine.fragments():
-            if fragment.owner:
-                stored = fragment.parameter.ds_tensor.narrow(0, 0, fragment.master.numel())  # type: ignore[attr-defined]
-                yield Piece("weight", fragment.layout, fragment.start, stored.numel()), stored
-        return
-    if engine.mesh.data_rank > 0:
-        return
-    for layout, parameter in named_layouts(engine.model.parameters()):
-        replica = getattr(parameter, "ds_pipe_replicated", False)
-        if not replica and (layout.dim is not None or engine.mesh.tensor_rank == 0):
-            yield Piece("weight", layout, 0, parameter.numel()), parameter
-
-
-def _states(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
-    """Moments, and master weights where the compute dtype does not hold them already."""
-    for fragment in engine.fragments():
-        if not fragment.owner:
-            continue
-        tensors = dict(fragment.moments)
-        if engine.dtype != torch.float32:
-            tensors["master"] = fragment.master
-        for kind, tensor in tensors.items():
-            yield Piece(kind, fragment.layout, fragment.start, tensor.numel()), tensor
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from train.config import Config
-from train.fragments import Fragment, local_fragments
+from train.fragments import Fragment, inner_optimizer, local_fragments
 from train.mesh import Mesh
 from train.model.build import Model, named_layouts
 from train.stability.clipping import Clipping
@@ -93,7 +93,7 @@ class Guard:
     @torch.no_grad()
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take the place of the optimizer's step."""
-        mesh, inner = self.mesh, getattr(self.optimizer, "optimizer", self.optimizer)
+        mesh, inner = self.mesh, inner_optimizer(self.optimizer)
         if not self._fragments:
             self._fragments = list(local_fragments(self.optimizer, self.model, mesh, self.config.parallel.zero_stage))
             names = [one.layout.name for one in self._fragments]
