@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,8 @@ from train.model.layers import PostNormLayer, PreNormLayer
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+_graphs: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""All that `capture` made and somebody still holds."""
 
 
 def _import_muon() -> None:
@@ -138,6 +141,8 @@ def capture(
     with torch.get_device_module().graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = function()
 
+    _graphs.add(graph)
+
     def replay() -> Result:
         accelerator.replay_graph(graph)
         return result
@@ -180,7 +185,9 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, and give up every graph: a communicator waits for those that hold its collectives."""
+    for graph in list(_graphs):
+        graph.reset()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
