@@ -6,11 +6,12 @@ replacement of the package, run by the same path. What DeepSpeed prints at start
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,6 +149,32 @@ def capture(
         return result
 
     return replay
+
+
+def results(run: Callable[[], None], result: torch.Tensor) -> Generator[list[Any]]:
+    """What `result` holds after each run(), as a list, without end; close it when it is enough.
+
+    On a GPU run() only queues work that the device does in its order, and each result is read while the next run is
+    under way, so the device never waits for the reader; the last run is one too many.
+    """
+    accelerator = get_accelerator()
+    if result.device.type == "cpu":
+        while True:
+            run()
+            yield result.tolist()
+    slots = [(torch.empty_like(result, device="cpu", pin_memory=True), accelerator.Event()) for _ in range(2)]
+    try:
+        for number in itertools.count():
+            run()
+            copy, done = slots[number % 2]
+            copy.copy_(result, non_blocking=True)
+            done.record()
+            if number:
+                copy, done = slots[(number - 1) % 2]
+                done.synchronize()
+                yield copy.tolist()
+    finally:
+        accelerator.synchronize()
 
 
 def graph_pool() -> tuple[int, int] | None:

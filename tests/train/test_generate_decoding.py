@@ -119,6 +119,25 @@ def test_every_token_is_told_as_it_comes(tokenizer):
         assert all(news[2] == blanks[news[1]][: len(news[2])] for news in mine)
 
 
+def test_a_reader_that_is_a_few_steps_behind_reads_the_same(tokenizer, monkeypatch):
+    """As on a GPU, where the next steps run while a token is read: what runs too long does no harm."""
+
+    def behind(run, result):
+        waiting = []
+        while True:
+            run()
+            waiting.append(result.tolist())
+            if len(waiting) > 3:
+                yield waiting.pop(0)
+
+    model, batch = untrained("learned_2d"), contexts(tokenizer)
+    for decoding in (Decoding(5), Decoding(5, temperature=1.0, seed=4)):
+        wanted = fill_all(model, tokenizer, batch, decoding)
+        with monkeypatch.context() as patched:
+            patched.setattr(backend, "results", behind)
+            assert fill_all(model, tokenizer, batch, decoding) == wanted
+
+
 def test_draws_have_the_probabilities_of_temperature_top_k_and_top_p():
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf]).log_softmax(-1)
     rows = 20000

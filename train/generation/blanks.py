@@ -4,19 +4,21 @@ The context with its masks comes first and sees all of itself. Each blank is the
 position, one token at a time, until eop (behind a [gMASK] eod too) or the length limit. Later blanks see earlier ones.
 A causal model has no masks: its text goes on at a [gMASK] at the end.
 
-Several texts of different lengths run side by side over one key-value cache (`train.generation.decoder`).
+Several texts of different lengths run side by side over one key-value cache (`train.generation.decoder`). The device
+picks and feeds tokens by itself (`train.generation.course`); the host only reads what was picked.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
-import torch
-
 from data_prep.tokenizer import Tokenizer
+from train import backend
 from train.generation.beams import OnToken, search
+from train.generation.course import Course
 from train.generation.decoder import Decoder
 from train.generation.forms import Form
-from train.generation.picking import Decoding, allow, pick
+from train.generation.picking import Decoding
 from train.model.build import Model
 
 
@@ -49,58 +51,36 @@ def fill_all(
     if decoding.beams > 1:
         pairs = zip(numbers, forms, strict=True)
         return [search(model, tokenizer, form, decoding, text, on_token) for text, form in pairs]
-    # A row that is done goes on being fed until the last one is: room for that, too.
     slots = max(len(form.context) for form in forms)
     slots += max(len(form.openings) for form in forms) * (decoding.max_new_tokens + 1)
     decoder = Decoder(model, len(forms), slots, compiled=decoding.compiled)
     decoder.begin([form.context for form in forms], causal=causal)
     writers = [_Writer(form, decoding.max_new_tokens) for form in forms]
-    texts = torch.tensor(list(numbers), device=decoder.device)
-    while not all(writer.done for writer in writers):
-        # One copy to the device a step: token, both positions, both stops, tokens drawn.
-        rows = [[*writer.feed(), *writer.stops, writer.drawn] for writer in writers]
-        fed = torch.tensor(rows).to(decoder.device)
-        logits = decoder.step(fed[:, 0], fed[:, 1:3])
-        allow(logits, tokenizer, fed[:, 3:5])
-        for number, token in enumerate(pick(logits, decoding, texts, fed[:, 5]).tolist()):
-            blank = writers[number].blank
-            news = writers[number].take(token)
-            if news is not None and on_token is not None:
-                on_token(numbers[number], blank, writers[number].written[blank], news)
+    course = Course(decoder, forms, tokenizer, decoding, numbers)
+    with closing(backend.results(course.start(), course.picked)) as steps:
+        while not all(writer.done for writer in writers):
+            for number, (token, writer) in enumerate(zip(next(steps), writers, strict=True)):
+                blank = writer.blank
+                news = writer.take(token)
+                if news is not None and on_token is not None:
+                    on_token(numbers[number], blank, writer.written[blank], news)
     return [writer.written for writer in writers]
 
 
 @dataclass
 class _Writer:
-    """Where one text stands. Slot 0 of a blank is its opening, slot i the i-th token written."""
+    """What is written of one text."""
 
     form: Form
     limit: int
     written: list[list[int]] = field(default_factory=lambda: [[]])
     """Tokens of each blank begun so far."""
-    fed: int = 0
-    """Slots of the present blank that went into the model."""
-    drawn: int = 0
     done: bool = False
 
     @property
     def blank(self) -> int:
         """Number of the present blank."""
         return len(self.written) - 1
-
-    @property
-    def stops(self) -> tuple[int, int]:
-        """Tokens that may end the blank now, −1 for none."""
-        return self.form.openings[self.blank].stops_at(len(self.written[-1]))
-
-    def feed(self) -> tuple[int, int, int]:
-        """The next token to run, and its two positions; anything once the text is done."""
-        if self.done:
-            return 0, 0, 0
-        opening = self.form.openings[self.blank]
-        token = self.written[-1][self.fed - 1] if self.fed else opening.first
-        self.fed += 1
-        return token, *opening.position(self.fed - 1)
 
     def take(self, token: int) -> bool | None:
         """What the model says follows the last feed. Returns whether the blank is now whole; None: nothing was asked.
@@ -111,18 +91,13 @@ class _Writer:
         if self.done:
             return None
         if len(written) == self.limit:
-            self._begin()
+            self.written.append([])
             return None
-        self.drawn += 1
         ended = token in self.form.openings[self.blank].stops
         if not ended:
             written.append(token)
         whole = ended or len(written) == self.limit
         self.done = whole and last
         if ended and not last:
-            self._begin()
+            self.written.append([])
         return whole
-
-    def _begin(self) -> None:
-        self.written.append([])
-        self.fed = 0

@@ -3,6 +3,7 @@
     decoder = Decoder(model, rows=2, slots=128)
     decoder.begin([context_a, context_b])            # contexts of any length, each seeing all of itself
     logits = decoder.step(tokens, positions)         # one token a row -> fp32 [rows, vocabulary]
+    run = decoder.loop(choose, state)                # or: run() feeds what choose(logits) decided on the device
 
 A step has the same shapes each time (tokens [rows, 1], the whole cache) and its tensors stay where they are, so on a
 GPU it is captured once and replayed as one graph: launching some hundred small kernels would take longer than running
@@ -10,6 +11,7 @@ them. Tensor-parallel ranks call the same methods together and get the same logi
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch import Tensor
 from train import backend
 from train.model.build import Model
 from train.model.cache import KeyValueCache
+
+Result = TypeVar("Result")
 
 
 class Decoder:
@@ -35,8 +39,12 @@ class Decoder:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
         """Slots filled in each row."""
         self._sample_index = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._fed = torch.zeros(rows, 3, dtype=torch.int64, device=self.device)
+        self.grows = torch.ones(rows, dtype=torch.int64, device=self.device)
+        """1, or 0 for a row whose next token does not count: the one after it takes the same slot."""
+        self.fed = torch.zeros(rows, 3, dtype=torch.int64, device=self.device)
         """Token and both positions of each row of the next step."""
+        self._offsets = torch.tensor([1, 0], device=self.device)
+        self._meta = torch.zeros(rows, 5, 1, dtype=torch.int32, device=self.device)
         self._captures = mesh.tensor == 1
         self._run: Callable[[], Tensor] | None = None
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._logits
@@ -65,20 +73,27 @@ class Decoder:
         tokens: int64 [rows]. positions: int64 [rows, 2], as a batch has them. Returns fp32 [rows, padded vocabulary],
         which the next step may write over.
         """
-        self._fed[:, 0] = tokens
-        self._fed[:, 1:] = positions
+        self.fed[:, 0] = tokens
+        self.fed[:, 1:] = positions
         if self._run is None:
-            filled = self.lengths.clone()
-            self._run = backend.capture(self._advance) if self._captures else self._advance
-            # Capturing ran it once.
-            self.lengths.copy_(filled)
+            self._run = self._captured(self._advance, ())
         return self._run()
+
+    @torch.no_grad()
+    def loop(self, choose: Callable[[Tensor], None], state: Sequence[Tensor]) -> Callable[[], None]:
+        """A function that feeds `fed`, then calls choose(logits), which writes the next `fed` and `grows`.
+
+        choose: works on the device alone, on tensors that stay where they are; state: those of them that it changes.
+        """
+        return self._captured(lambda: choose(self._advance()), state)
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, positions: Tensor) -> None:
         """Several more tokens a row, each seeing what precedes it. tokens: [rows, new], positions: [rows, 2, new]."""
         with self.cache.attached():
-            meta = self._meta(positions.to(self.device))
+            place = self.lengths[:, None] + torch.arange(tokens.shape[1], device=self.device)
+            here = torch.stack([torch.zeros_like(place), place + 1, place], 1)
+            meta = torch.cat([positions.to(self.device), here], 1).to(torch.int32)
             self.model((tokens.to(self.device), meta, self._sample_index))
         self.lengths += tokens.shape[1]
 
@@ -91,17 +106,26 @@ class Decoder:
         self.cache.reorder(rows)
         self.lengths.copy_(self.lengths[rows])
 
-    def _meta(self, positions: Tensor) -> Tensor:
-        """int32 [rows, 5, new] of tokens that come after what is there."""
-        place = self.lengths[:, None] + torch.arange(positions.shape[2], device=self.device)
-        meta = torch.cat([positions, torch.stack([torch.zeros_like(place), place + 1, place], 1)], 1)
-        # As the layers want them, so that none of them has to convert.
-        return meta.to(torch.int32)
+    def _captured(self, function: Callable[[], Result], state: Sequence[Tensor]) -> Callable[[], Result]:
+        """`function`, as one graph where there are graphs; what it changes is as it was before."""
+        if not self._captures:
+            return function
+        changed = (self.lengths, self.fed, self.grows, *state)
+        kept = [tensor.clone() for tensor in changed]
+        run = backend.capture(function)
+        # Capturing ran it once.
+        for tensor, old in zip(changed, kept, strict=True):
+            tensor.copy_(old)
+        return run
 
+    @torch.no_grad()
     def _advance(self) -> Tensor:
+        # As the layers want it, so that none of them has to convert: positions, from slot 0, up to its own.
+        self._meta[:, :2, 0] = self.fed[:, 1:]
+        torch.add(self.lengths[:, None], self._offsets, out=self._meta[:, 3:, 0])
         with self.cache.attached():
-            logits = self._forward(self._fed[:, :1], self._meta(self._fed[:, 1:, None]))
-        self.lengths += 1
+            logits = self._forward(self.fed[:, :1], self._meta)
+        self.lengths += self.grows
         return logits
 
     def _logits(self, tokens: Tensor, meta: Tensor) -> Tensor:
