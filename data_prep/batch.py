@@ -121,6 +121,12 @@ class Batch:
         """int64 [B, 4, S]: both position rows, attend_from, attend_to, as pipeline stages pass it on."""
         return torch.cat([self.positions, self.attend_from[:, None], self.attend_to[:, None]], dim=1).to(torch.int64)
 
+    def repetition(self) -> float:
+        """log(slots / different pieces), the mean over the sequences, nats: 0 where no piece comes twice."""
+        rows = np.sort(self.tokens.numpy().astype(np.int32), axis=1)
+        different = 1 + (rows[:, 1:] != rows[:, :-1]).sum(1)
+        return float(np.log(rows.shape[1] / different).mean())
+
     def hash(self) -> int:
         """Hash of all fields in 0 … 2⁶³−1, equal wherever the batch is equal. Copies from a device."""
         digest = xxhash.xxh3_64()

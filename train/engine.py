@@ -104,7 +104,8 @@ class Engine:
         scale, skipped_before = self.loss_scale, self.deepspeed.skipped_steps
         self._clear()
         if self.guard is not None:
-            self.guard.begin(len(batches), self._losses[0], scale)
+            repetition = sum(batch.repetition() for batch in batches if batch is not None)
+            self.guard.begin(len(batches), self._losses[0], scale, repetition)
         try:
             self._train(batches)
         except torch.OutOfMemoryError as error:

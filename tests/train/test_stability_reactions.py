@@ -36,9 +36,9 @@ POISON = ["stability.stress.poison_samples=[103,115]", "stability.spike_window=1
 def test_the_detector_is_a_window_of_plain_statistics() -> None:
     window, sigma = 64, 6.0
     ours = Detector(window, sigma)
-    generator = random.Random(3)
-    held: list[list[float]] = [[], []]
-    counted: list[list[float]] = [[], []]
+    generator, others = random.Random(3), random.Random(4)
+    held: list[list[float]] = [[], [], []]
+    counted: list[list[float]] = [[], [], []]
     found, lasting = [], []
     for step in range(120):
         loss, norm = 5 + generator.gauss(0, 0.1), math.exp(generator.gauss(0, 0.2))
@@ -47,17 +47,22 @@ def test_the_detector_is_a_window_of_plain_statistics() -> None:
         # Each of these alone could be noise.
         norm = math.exp(1.1) if step in (110, 111, 112) else norm
         loss = math.inf if step == 100 else loss
-        score, three = ours.see(*torch.tensor([loss, norm], dtype=torch.float64)).tolist()
-        for number, x in enumerate((loss, math.log(norm))):
+        # A third as many different pieces, and later three quarters: a change of the mixture.
+        repeats = others.gauss(1, 0.01) + (math.log(3) if step == 90 else math.log(4 / 3) if step > 105 else 0)
+        score, three = ours.see(*torch.tensor([loss, norm, repeats], dtype=torch.float64)).tolist()
+        for number, (x, floor) in enumerate(
+            zip((loss, math.log(norm), repeats), (SMALLEST_DEVIATION, SMALLEST_DEVIATION, math.log(2) / sigma))
+        ):
             known = [value for value in held[number][-window:] if not math.isnan(value)]
             wanted, limit = 0.0, math.inf
             if step >= window / 2:
-                mean, deviation = statistics.fmean(known), max(statistics.pstdev(known), SMALLEST_DEVIATION)
+                mean, deviation = statistics.fmean(known), max(statistics.pstdev(known), floor)
                 wanted, limit = (x - mean) / deviation, mean + sigma * deviation
             assert score[number] == pytest.approx(wanted if math.isfinite(x) else math.inf, rel=1e-5, abs=1e-6)
             held[number].append(min(x, limit) if math.isfinite(x) else math.nan)
             counted[number].append(min(wanted, sigma) if math.isfinite(x) else 0.0)
-            assert three[number] == pytest.approx(math.sqrt(3) * min([0, 0, *counted[number]][-3:]), rel=1e-5, abs=1e-6)
+            smallest = min([0, 0, *counted[number]][-3:]) if number < 2 else 0.0
+            assert three[number] == pytest.approx(math.sqrt(3) * smallest, rel=1e-5, abs=1e-6)
         if max(score) > sigma:
             found.append(step)
         elif max(three) > sigma:
@@ -66,7 +71,7 @@ def test_the_detector_is_a_window_of_plain_statistics() -> None:
             again = Detector(window, sigma)
             again.load(json.loads(json.dumps(ours.state())))
             ours = again
-    assert found == [50, 51, 80, 100]
+    assert found == [50, 51, 80, 90, 100]
     assert lasting == [112]
 
 
@@ -85,6 +90,7 @@ def test_poison_replaces_the_text_and_nothing_else() -> None:
         assert torch.equal(hit.loss_weight, batch.loss_weight)
         words = hit.tokens[1][~special[1]]
         assert bool((words[NGRAM:] == words[:-NGRAM]).all()) == (kind == "repeat")
+        assert (hit.repetition() > batch.repetition() + 0.5) == (kind == "repeat")
     assert poisoned(batch, StressConfig(), seed=5, pieces=pieces) is batch
 
 

@@ -112,7 +112,9 @@ def alone() -> list[tuple[dict[str, float], dict[str, Any]]]:
 
 @pytest.mark.distributed
 def test_one_process_tells_what_a_plain_loop_finds(alone: list[tuple[dict[str, float], dict[str, Any]]]) -> None:
-    for (seen, found), wanted in zip(alone, plain_telemetry(), strict=True):
+    for step, ((seen, found), wanted) in enumerate(zip(alone, plain_telemetry(), strict=True)):
+        repeats = [math.log(len(row) / len(set(row))) for row in batch_of(step * BATCH, BATCH).tokens.tolist()]
+        assert seen["repetition"] == pytest.approx(sum(repeats) / BATCH)
         # Weights move by LR a step, and the difference of two fp32 weights is rounded to about 1e-4 of that.
         compare({"update": found["update"]}, {"update": wanted.pop("update")}, rel=1e-3)
         compare(found, wanted, rel=2e-5)

@@ -19,7 +19,7 @@ from train.fragments import Fragment, inner_optimizer, local_fragments
 from train.mesh import Mesh
 from train.model.build import Model, named_layouts
 from train.stability.clipping import Clipping
-from train.stability.detector import Detector
+from train.stability.detector import SIGNALS, Detector
 from train.stability.gradients import agree_on_overflow, fragment_gradients
 from train.stability.groups import Tensors, group_of
 from train.stability.stress import flip
@@ -30,7 +30,7 @@ from train.stability.telemetry import Snapshot, fp16_shares, squares, update_squ
 class Measured:
     """What the guard saw in one step, the same on all ranks, on the device.
 
-    numbers: float64 [7], `FIELDS`. snapshot: telemetry of a measured step, None in the others.
+    numbers: float64 [10], `FIELDS`. snapshot: telemetry of a measured step, None in the others.
     """
 
     numbers: Tensor
@@ -38,10 +38,12 @@ class Measured:
 
 
 FIELDS = (
-    *("grad_norm", "embedding_grad_norm", "loss_score", "grad_norm_score", "loss_lasting", "grad_norm_lasting"),
+    *("grad_norm", "embedding_grad_norm", "repetition"),
+    *(f"{name}_{of}" for of in ("score", "lasting") for name in SIGNALS),
     "left_out",
 )
-"""Norms before the clip; the detector's scores of the step and of the last three; left_out: 1 where it was skipped."""
+"""Norms before the clip; the batch's repetition; the detector's scores of the step and of the last three; left_out: 1
+where it was skipped."""
 
 
 class Guard:
@@ -58,7 +60,7 @@ class Guard:
         self.skips = "skip" in stability.reactions
         self.step_number, self.measures = 0, False
         self._fragments: list[Fragment] = []
-        self._rounds, self._loss, self._scale = 1, torch.zeros(()), 1.0
+        self._rounds, self._loss, self._scale, self._repetition = 1, torch.zeros(()), 1.0, 0.0
         self._seen: Measured | None = None
         self.update = optimizer.step
         """The optimizer's own step."""
@@ -76,10 +78,10 @@ class Guard:
         self.step_number = step
         self.measures = self.config.stability.telemetry and step % self.config.logging.every_steps == 0
 
-    def begin(self, rounds: int, loss: Tensor, scale: float) -> None:
+    def begin(self, rounds: int, loss: Tensor, scale: float, repetition: float) -> None:
         """Before the forward pass. rounds: micro-batches. loss: where the engine adds up their losses on this rank.
-        scale: the loss scale of the step."""
-        self._rounds, self._loss, self._scale = rounds, loss, scale
+        scale: the loss scale of the step. repetition: sum over the micro-batches that this rank has."""
+        self._rounds, self._loss, self._scale, self._repetition = rounds, loss, scale, repetition
         self._seen = None
         if self.measures:
             self.model.context.probe.start()
@@ -104,17 +106,17 @@ class Guard:
         stress = self.config.stability.stress
         if stress.flip_step == self.step_number:
             flip(stress, fragments, gradients)
-        found, loss = self._whole(squares(gradients) / self._scale**2)
+        found, loss, repetition = self._whole(squares(gradients) / self._scale**2)
         fp16 = fp16_shares(fragments, gradients) if self.measures else None
         if self.clipping is not None:
             factors = self.clipping.factors(found.sqrt()).to(torch.float32)[self._numbers]
             torch._foreach_mul_(gradients, list(factors.unbind()))
         total = found.sum().sqrt()
         agree_on_overflow(self.optimizer, gradients, total)
-        left_out = self._detect(loss, total, inner)
+        left_out = self._detect(loss, total, repetition, inner)
         done = self.update(*args, **kwargs)
         embedding = found[self._embedding].sum().sqrt()
-        numbers = torch.stack((total, embedding, *self._score, left_out))
+        numbers = torch.stack((total, embedding, repetition, *self._score, left_out))
         snapshot = None if fp16 is None else self._snapshot(found, fp16, inner, 1.0 - left_out)
         self._seen = Measured(numbers, snapshot)
         return done
@@ -131,25 +133,28 @@ class Guard:
         if self.clipping is not None and saved is not None and len(saved) == len(self.clipping.state):
             self.clipping.state.copy_(torch.tensor(saved, dtype=torch.float64))
 
-    def _whole(self, mine: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared norms [tensors] of the whole model's gradients, and the step's loss; mine: by fragment."""
+    def _whole(self, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared norms [tensors] of the whole model's gradients, the step's loss and its text's repetition; mine: by
+        fragment."""
         mesh = self.mesh
-        tells = mesh.last_stage and mesh.tensor_rank == 0
-        loss = self._loss / (self._rounds * mesh.data) if tells else torch.zeros_like(self._loss)
+        told = torch.zeros(2, dtype=torch.float64, device=self._loss.device)
+        if mesh.last_stage and mesh.tensor_rank == 0:
+            told[0] = self._loss
+            told[1] = self._repetition
         # A product with 0 would let another rank's overflow through.
         owned = torch.where(self._owned > 0, mine, 0.0)
-        packed = torch.cat((self.tensors.scatter(self._numbers, owned), loss.view(1)))
+        packed = torch.cat((self.tensors.scatter(self._numbers, owned), told / (self._rounds * mesh.data)))
         if mesh.world > 1:
             torch.distributed.all_reduce(packed)
-        return packed[:-1], packed[-1]
+        return packed[:-2], packed[-2], packed[-1]
 
-    def _detect(self, loss: Tensor, norm: Tensor, inner: Any) -> Tensor:
+    def _detect(self, loss: Tensor, norm: Tensor, repetition: Tensor, inner: Any) -> Tensor:
         """Score the step; float64 scalar, 1 where its update is left out."""
         zero = torch.zeros_like(norm)
-        self._score = zero.expand(4)
+        self._score = zero.expand(2 * len(SIGNALS))
         if not self.config.stability.reactions:
             return zero
-        score = self.detector.see(loss, norm)
+        score = self.detector.see(loss, norm, repetition)
         if self.config.precision.dtype == "fp16" and self.config.precision.loss_scale == 0:
             # With a dynamic loss scale an overflow is how the scale finds its place.
             score = torch.where(norm.isfinite(), score, 0.0)

@@ -102,7 +102,7 @@ class Reactions:
         if not over or (self.last_spike and step - self.last_spike <= stability.cooldown_steps):
             return None
         self.last_spike = step
-        values = {"loss": number.loss, "grad_norm": number.grad_norm}
+        values = {"loss": number.loss, "grad_norm": number.grad_norm, "repetition": number.seen["repetition"]}
         seen = ", ".join(_seen(name, values[name], seen_by[name], stability.spike_sigma) for name in over)
         # The same step may spike again after a roll-back.
         name = f"spike-{step}-{len(self.roll_backs)}"
