@@ -50,9 +50,8 @@ def test_the_detector_is_a_window_of_plain_statistics() -> None:
         # A third as many different pieces, and later three quarters: a change of the mixture.
         repeats = others.gauss(1, 0.01) + (math.log(3) if step == 90 else math.log(4 / 3) if step > 105 else 0)
         score, three = ours.see(*torch.tensor([loss, norm, repeats], dtype=torch.float64)).tolist()
-        for number, (x, floor) in enumerate(
-            zip((loss, math.log(norm), repeats), (SMALLEST_DEVIATION, SMALLEST_DEVIATION, math.log(2) / sigma))
-        ):
+        for number, x in enumerate((loss, math.log(norm), repeats)):
+            floor = SMALLEST_DEVIATION if number < 2 else math.log(2) / sigma
             known = [value for value in held[number][-window:] if not math.isnan(value)]
             wanted, limit = 0.0, math.inf
             if step >= window / 2:
