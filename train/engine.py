@@ -8,24 +8,24 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_prep.batch import NUM_GROUPS, Batch
-from data_prep.errors import RankFailed, RunFailed
+from data_prep.errors import RunFailed
 from train import backend
 from train.bubble import StageClock
 from train.collective import gather
 from train.config import Config
 from train.fragments import Fragment, inner_optimizer, local_fragments
 from train.labels import Labels, inputs
-from train.memory import largest_holders, peak_memory
+from train.memory import whole_micro_batches
 from train.mesh import Mesh
 from train.model.build import DTYPES
 from train.optimizer import make_optimizer
+from train.out_of_memory import out_of_memory
 from train.progress import alive
 from train.stability.guard import FIELDS, Guard, Measured
 
@@ -86,8 +86,11 @@ class Engine:
 
     @staticmethod
     def start(config: Config, mesh: Mesh) -> "Engine":
-        """The plain engine for one stage, the pipeline engine for more."""
-        return (PipelineEngine if mesh.pipeline > 1 else PlainEngine)(config, mesh)
+        """The plain engine for one stage, the pipeline engine for more. Raises RankFailed where memory is out."""
+        try:
+            return (PipelineEngine if mesh.pipeline > 1 else PlainEngine)(config, mesh)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(config, mesh, whole_micro_batches(config, mesh.data), error) from error
 
     def step(self, batches: Sequence[Batch | None], lr: float, shrink: float) -> StepResult:
         """Train on the micro-batches of one global batch.
@@ -109,7 +112,7 @@ class Engine:
         try:
             self._train(batches)
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(len(batches), error) from error
+            raise out_of_memory(self.config, self.mesh, len(batches), error) from error
         except Exception as error:
             if "loss scale already at minimum" in str(error):
                 raise RunFailed(
@@ -252,17 +255,6 @@ class Engine:
 
     def _evaluate(self, batches: Sequence[Batch | None]) -> None:
         raise NotImplementedError("PlainEngine and PipelineEngine define it")
-
-    def _out_of_memory(self, micro_batches: int, error: Exception) -> RankFailed:
-        """What holds the memory by the config's own arithmetic, and which key would help."""
-        memory = peak_memory(self.config, data_parallel=self.mesh.data, micro_batches=micro_batches)
-        what = str(error).partition("\n")[0].rstrip(". ")
-        path = Path(self.config.run_dir) / "logs" / f"memory_rank_{self.mesh.rank}.pickle"
-        seen = f"; {path} has every block, for pytorch.org/memory_viz" if backend.write_memory_snapshot(path) else ""
-        return RankFailed(
-            f"rank {self.mesh.rank} is out of memory: {what}. By the config the largest holders of the fullest stage "
-            f"are: {largest_holders(self.config, memory)}{seen}"
-        )
 
     def _optimizer(self, model: Any) -> torch.optim.Optimizer:
         skips = "skip" in self.config.stability.reactions

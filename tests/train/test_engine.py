@@ -2,15 +2,13 @@
 
 import itertools
 import math
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from data_prep.errors import RankFailed, RunFailed
+from data_prep.errors import RunFailed
 from tests.train.parity import (
     BATCH,
     LR,
@@ -224,40 +222,3 @@ def _different_batches() -> str:
 
 def test_ranks_that_read_different_batches_are_stopped() -> None:
     assert "read different batches" in in_ranks(2, _different_batches)
-
-
-def _exhausted(overrides: list[str], dump: Any = None) -> str:
-    """What the engine says; dump: stands in for the allocator's own, which a CPU has not."""
-    engine = start_engine(overrides)
-    if dump is not None:
-        torch.cpu.memory = SimpleNamespace(_dump_snapshot=dump)  # type: ignore[attr-defined]
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …\nmore")
-    with mock.patch.object(engine, "_train", side_effect=error), pytest.raises(RankFailed) as caught:
-        engine.step(my_batches(engine, 0, BATCH), LR, SHRINK)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("works", [True, False], ids=["written", "disk_full"])
-def test_out_of_memory_leaves_what_the_allocator_holds(works: bool, tmp_path: Path) -> None:
-    def dump(path: str) -> None:
-        if not works:
-            raise OSError("No space left on device")
-        Path(path).write_bytes(b"blocks")
-
-    said = in_ranks(1, _exhausted, [f"run_dir={tmp_path}"], dump)
-    path = tmp_path / "logs" / "memory_rank_0.pickle"
-    assert path.is_file() == works
-    assert (f"{path} has every block" in said) == works
-    assert said.startswith("rank 0 is out of memory: ")
-
-
-def test_out_of_memory_names_the_largest_holders_and_what_would_help() -> None:
-    said = in_ranks(1, _exhausted, ["parallel.zero_stage=0", "micro_batch_size=8", "sequence_length=32"])
-    assert said.startswith("rank 0 is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …. ")
-    assert said.count(" GiB (") == 3
-    assert "every block" not in said
-    assert "activations" in said
-    assert "(parallel.activation_checkpointing=full)" in said
-    recomputed = in_ranks(2, _exhausted, ["parallel.activation_checkpointing=full", TENSOR, "parallel.zero_stage=0"])
-    assert "(parallel.activation_checkpointing=full)" not in recomputed
-    assert "(parallel.zero_stage=1)" in recomputed
