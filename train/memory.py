@@ -162,7 +162,12 @@ class Memory:
         return {one.name: float(getattr(self, one.name)) for one in fields(self) if one.name != "stage"}
 
 
-def peak_memory(
+def peak_memory(config: Config, **how: float) -> Memory:
+    """Peak of a step on the fullest stage. how: as for `memory_by_stage`."""
+    return max(memory_by_stage(config, **how), key=lambda memory: memory.total)
+
+
+def memory_by_stage(
     config: Config,
     *,
     data_parallel: float,
@@ -170,16 +175,15 @@ def peak_memory(
     target_share: float = 1.0,
     fragmentation: float = 0.0,
     runtime_bytes: float = 0.0,
-) -> Memory:
-    """Peak of a step on the fullest stage.
+) -> list[Memory]:
+    """Peak of a step on a rank of each stage.
 
     data_parallel, micro_batches (a step and replica): need not be whole. target_share: targets a slot; the head runs on
     those rows only. fragmentation: share of all that comes and goes during a step. runtime_bytes: added as they are.
     """
     stages = range(config.parallel.pipeline_parallel)
     each = [_stage_memory(config, stage, data_parallel, micro_batches, target_share) for stage in stages]
-    peaks = [_with_overheads(memory, fragmentation, runtime_bytes) for memory in each]
-    return max(peaks, key=lambda memory: memory.total)
+    return [_with_overheads(memory, fragmentation, runtime_bytes) for memory in each]
 
 
 def _stage_memory(

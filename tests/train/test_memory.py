@@ -11,7 +11,7 @@ import pytest
 from tests.train import parity
 from train.arithmetic import stage_parameters
 from train.cli import compose_train
-from train.memory import layer_saved_bytes, peak_memory, state_bytes
+from train.memory import layer_saved_bytes, memory_by_stage, peak_memory, state_bytes
 
 WIDE = ["model.hidden_size=192", "model.ffn_hidden_size=576", "model.padded_vocab_size=512"]
 """Wide enough that alignment and scalars are small beside the state."""
@@ -23,6 +23,18 @@ def test_zero_divides_optimizer_then_gradients_then_weights():
     gigabytes = [state_bytes(7.5e9, "fp16", stage, 64).total / 1e9 for stage in (1, 2, 3)]
     assert gigabytes == pytest.approx([31.4, 16.6, 1.9], abs=0.05)
     assert state_bytes(7.5e9, "fp16", 1, 1).total / 7.5e9 == 16
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("shared", ["true", "false"], ids=["activations_over_tensor_ranks", "whole_activations"])
+def test_the_slot_rule_saves_what_glm_130b_says(shared: str) -> None:
+    """About 10 % of peak memory (arXiv 2210.02414, section 3) on the first stage, which has the most micro-batches."""
+    words = ["experiment=glm_130b", "data.path=unused", f"parallel.sequence_parallel={shared}"]
+    first = []
+    for cut in ("[]", "[9,9,9,8,8,9,9,9]"):
+        config = compose_train([*words, f"parallel.layers_per_stage={cut}"])
+        first.append(memory_by_stage(config, data_parallel=24, micro_batches=176)[0].total)
+    assert first[1] / first[0] == pytest.approx(1.10, abs=0.005)
 
 
 def held_bytes(overrides: list[str]) -> list[dict[str, float]]:
