@@ -61,35 +61,9 @@ def plan(size: Size, seeds: Sequence[int]) -> list[Run]:
     garbage = [f"stability.stress.poison_samples={poisoned}"]
     repeat = [*garbage, "stability.stress.poison=repeat"]
     flip = [f"stability.stress.flip_step={fault}"]
-    bf16, judged = "precision=bf16", f"evaluation.every_steps={size.steps(100)}"
-    base = ("experiment=stability/base", bf16)
+    judged = f"evaluation.every_steps={size.steps(100)}"
+    base = ("experiment=stability/base", *BF16)
     add("clean", LONG, {"clean": []}, *base, judged)
-
-    scores = {"fused_fp32": ["stability.softmax=fp32", "kernels.interval_attention=triton"]}
-    scores |= {f"stored_{kind}": [f"stability.softmax={kind}"] for kind in ("half", "fp32", "scaled", "pb_relax")}
-    for gain in (128, 104, 32):
-        named = {f"gain_{gain}.{name}": words for name, words in scores.items() if gain > 32 or name in ENDS}
-        stored = (f"stability.stress.query_key_gain={gain}", "kernels.interval_attention=unfused")
-        add("softmax", 250, named, "experiment=stability/softmax", "precision=fp16", *stored)
-
-    alphas = {
-        f"alpha_{alpha}.{'tied' if tied else 'untied'}": [
-            f"stability.embedding_gradient_shrink={alpha}",
-            f"model.tied_embeddings={str(tied).lower()}",
-        ]
-        for alpha in ("1", "0.1", "0.01")
-        for tied in (True, False)
-    }
-    egs = ("experiment=stability/egs", "precision=fp16", "optimizer.clip=1")
-    add("egs", 300, alphas, *egs)
-
-    names = ("default", "glm_130b", "opt_175b", "bloom_176b", "modern", "none")
-    stress = (
-        f"stability.stress.lr_steps=[{size.steps(201)},{size.steps(220)}]",
-        f"stability.stress.poison_samples={size.range(301, 5)}",
-    )
-    presets = {name: [f"stability={name}", "optimizer.lr=1e-3"] for name in names}
-    add("presets", 400, presets, "experiment=stability/remedies", bf16, *stress)
 
     faults = {
         "garbage": garbage,
@@ -103,15 +77,41 @@ def plan(size: Size, seeds: Sequence[int]) -> list[Run]:
     back += [f"stability.skip_ahead_samples={5 * size.batch}"]
     add("roll_back", 500, {"garbage": [*garbage, *back], "repeat": [*repeat, *back]}, *base, schedule=LONG)
 
-    add("egs_eps", 300, {"alpha_0.01.untied.eps_1e-15": [*alphas["alpha_0.01.untied"], "optimizer.eps=1e-15"]}, *egs)
+    names = ("default", "glm_130b", "opt_175b", "bloom_176b", "modern", "none")
+    stress = (
+        f"stability.stress.lr_steps=[{size.steps(201)},{size.steps(220)}]",
+        f"stability.stress.poison_samples={size.range(301, 5)}",
+    )
+    presets = {name: [f"stability={name}"] for name in names}
+    add("presets", 400, presets, "experiment=stability/remedies", *BF16, *stress)
+
+    alphas = {
+        f"alpha_{alpha}.{'tied' if tied else 'untied'}": [
+            f"stability.embedding_gradient_shrink={alpha}",
+            f"model.tied_embeddings={str(tied).lower()}",
+        ]
+        for alpha in ("1", "0.1", "0.01")
+        for tied in (True, False)
+    }
+    egs = ("experiment=stability/egs", "optimizer.clip=1", *BF16)
+    add("egs", 1000, alphas, *egs)
+    add("egs_eps", 1000, {"alpha_0.01.untied.eps_1e-15": [*alphas["alpha_0.01.untied"], "optimizer.eps=1e-15"]}, *egs)
+
+    scores = {"fused_fp32": ["stability.softmax=fp32", "kernels.interval_attention=triton"]}
+    scores |= {f"stored_{kind}": [f"stability.softmax={kind}"] for kind in ("half", "fp32", "scaled", "pb_relax")}
+    for gain in (128, 104, 32):
+        named = {f"gain_{gain}.{name}": words for name, words in scores.items() if gain > 32 or name in ENDS}
+        stored = (f"stability.stress.query_key_gain={gain}", "kernels.interval_attention=unfused")
+        add("softmax", 250, named, "experiment=stability/softmax", "precision=fp16", "optimizer.lr=1e-3", *stored)
+
     high = {f"lr_0.01.{name}": [*words, "optimizer.lr=1e-2"] for name, words in alphas.items() if "untied" not in name}
     add("egs_high_lr", 300, high, *egs)
     rates = {
         f"lr_{lr}.qk_norm_{norm}": [f"optimizer.lr={lr}", f"model.qk_norm={norm}", "loss.z_loss=0"]
-        for lr in ("0.001", "0.003", "0.01", "0.03", "0.1")
+        for lr in ("0.0003", "0.001", "0.003", "0.01", "0.03", "0.1")
         for norm in ("true", "false")
     }
-    add("lr_sensitivity", 250, rates, "experiment=stability/lr_sensitivity", bf16)
+    add("lr_sensitivity", 250, rates, "experiment=stability/lr_sensitivity", *BF16)
     grown = {name: [*scores[name], "optimizer.lr=3e-2"] for name in ("fused_fp32", "stored_half", "stored_fp32")}
     add(
         *("softmax_high_lr", 250, grown, "experiment=stability/softmax", "precision=fp16"),
@@ -119,15 +119,16 @@ def plan(size: Size, seeds: Sequence[int]) -> list[Run]:
     )
     norms = {
         f"{norm}.lr_{lr}": [f"model.norm_placement={norm}", f"optimizer.lr={lr}"]
-        for lr in ("0.001", "0.01")
+        for lr in ("0.0003", "0.001", "0.01")
         for norm in ("deepnorm", "post", "pre", "sandwich", "peri")
     }
-    add("norms", 250, norms, "experiment=stability/norms", bf16)
+    add("norms", 250, norms, "experiment=stability/norms", *BF16)
     return runs
 
 
+BF16 = ("precision=bf16", "parallel.cuda_graphs=true")
 COMMON = [
-    *("model=34m", "parallel.zero_stage=1", "optimizer.lr=1e-3", "schedule.min_lr=1e-4", "schedule.warmup_samples=800"),
+    *("model=34m", "parallel.zero_stage=1", "optimizer.lr=3e-4", "schedule.min_lr=3e-5", "schedule.warmup_samples=800"),
     *("kernels.interval_attention=triton", "evaluation.samples=256", "evaluation.blanks=0"),
     *("data.workers=0", "logging.every_steps=10", "logging.progress=false", "logging.report=false"),
 ]
