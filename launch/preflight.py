@@ -33,14 +33,17 @@ ANSWER_SECONDS = 180.0
 CLOCK_SECONDS = 5.0
 """A clock further from the fleet's median is bad: logs and heartbeats could not be put in order."""
 SPEEDS = {
-    "matmul_gflops": "GFLOP/s",
-    "copy_gb_per_second": "GB/s",
-    "host_gb_per_second": "GB/s",
-    "peer_gb_per_second": "GB/s",
-    "clock_mhz": "MHz",
-    "disk_mb_per_second": "MB/s",
+    "matmul_gflops": ("matmul", "GFLOP/s"),
+    "copy_gb_per_second": ("copy", "GB/s"),
+    "host_gb_per_second": ("host", "GB/s"),
+    "peer_gb_per_second": ("peer", "GB/s"),
+    "all_reduce_gb_per_second": ("all-reduce inside", "GB/s"),
+    "all_to_all_gb_per_second": ("all-to-all inside", "GB/s"),
+    "clock_mhz": ("clock", "MHz"),
+    "disk_mb_per_second": ("disk", "MB/s"),
 }
-"""What is held against the median, and its unit; host, peer and clock only where there are accelerators."""
+"""What is held against the median, what it is called, and its unit; host and clock only where there are accelerators,
+peer and what goes on inside only where there are several."""
 
 
 @dataclass
@@ -123,8 +126,8 @@ def judge(nodes: dict[str, dict[str, Any]], links: dict[tuple[str, str], dict[st
             if abs(skew) > CLOCK_SECONDS:
                 reasons.append(f"its clock is {skew:+.1f} s from the fleet's; set it (chrony, ntpd)")
             reasons += [
-                f"{key.partition('_')[0]} {found[key]:.3g} {unit}, the fleet's median is {_median(nodes, key):.3g}"
-                for key, unit in SPEEDS.items()
+                f"{label} {found[key]:.3g} {unit}, the fleet's median is {_median(nodes, key):.3g}"
+                for key, (label, unit) in SPEEDS.items()
                 if key in found and found[key] < NODE_SHARE * _median(nodes, key)
             ]
         if reasons:
@@ -147,8 +150,8 @@ def judge(nodes: dict[str, dict[str, Any]], links: dict[tuple[str, str], dict[st
 def show(verdict: Verdict) -> None:
     """The tables and the verdict, on standard output."""
     console = Console()
-    shown = {key: unit for key, unit in SPEEDS.items() if any(key in found for found in verdict.nodes.values())}
-    table = Table("node", *(f"{key.partition('_')[0]} {unit}" for key, unit in shown.items()), "free GB", "verdict")
+    shown = {key: " ".join(told) for key, told in SPEEDS.items() if any(key in one for one in verdict.nodes.values())}
+    table = Table("node", *shown.values(), "free GB", "verdict")
     for name, found in verdict.nodes.items():
         values = [f"{found[key]:.4g}" if key in found else "–" for key in (*shown, "free_gb")]
         table.add_row(name, *values, "; ".join(verdict.bad.get(name, ["good"])))

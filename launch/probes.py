@@ -3,12 +3,17 @@
 On an accelerator the same probes run there; without one they run on the CPU, with gloo in place of NCCL.
 """
 
+import contextlib
 import datetime
+import json
 import os
 import shutil
+import socket
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ COPY_BYTES = 64 << 20
 """On a CPU; four times as many on an accelerator, whose cache must not hold them."""
 DISK_BYTES = 32 << 20
 LINK_BYTES = 8 << 20
+"""Of a collective between nodes; inside one with accelerators it is COPY_BYTES."""
 REPEATS = 5
 LINK_SECONDS = 60
 LOAD_SECONDS = 5.0
@@ -58,6 +64,8 @@ def _node(run_dir: Path) -> dict[str, Any]:
     found["health"] = _slow_accelerators(speeds)
     if devices[0].type != "cpu":
         found |= _between_accelerators(devices)
+        if len(devices) > 1:
+            found |= inside(len(devices))
         card = _cards_under_load(devices)
         found["health"] += card.pop("health")
         found |= card
@@ -100,6 +108,43 @@ def _between_accelerators(devices: list[torch.device]) -> dict[str, float]:
         slowest = max(_copy_seconds(block, blocks[number - 1]) for number, block in enumerate(blocks))
         found["peer_gb_per_second"] = COPY_BYTES / slowest / 1e9
     return found
+
+
+def inside(ranks: int) -> dict[str, float]:
+    """Bus bandwidth, GB/s, of collectives over the node's accelerators, or over so many processes on a CPU.
+
+    A process each, since a collective wants that. Raises RuntimeError with the last words of one that failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "launch.probes", str(ranks), str(port)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=LINK_SECONDS) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"collectives inside the node took over {LINK_SECONDS} s") from None
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, error) in zip(processes, said, strict=True):
+        if process.returncode:
+            raise RuntimeError(
+                f"collectives inside the node: {(error.strip().splitlines() or ['it said nothing'])[-1]}"
+            )
+    speeds: dict[str, float] = json.loads(said[0][0].strip().splitlines()[-1])
+    return {f"{name}_gb_per_second": speed / 1e9 for name, speed in speeds.items()}
+
+
+def _inside_rank(ranks: int, port: int, rank: int) -> None:
+    """One process of `inside`; prints what it measured."""
+    devices = _devices()
+    cpu = devices[0].type == "cpu"
+    with _group(devices[0] if cpu else devices[rank], f"tcp://127.0.0.1:{port}", rank, ranks) as device:
+        print(json.dumps(_collectives(device, LINK_BYTES if cpu else COPY_BYTES)))
 
 
 def _copy_seconds(to: torch.Tensor, source: torch.Tensor) -> float:
@@ -157,25 +202,34 @@ def unreadable(data_path: Path) -> list[str]:
 
 def _pair(address: str, port: int, rank: int, interface: str | None) -> dict[str, Any]:
     """Bandwidth of all-reduce and all-to-all between two nodes, in Gbit/s of what one of them sends."""
-    device = _devices()[0]
     if interface is not None:
         os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    dist.init_process_group(
-        dist.get_default_backend_for_device(device),
-        init_method=f"tcp://{address}:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=LINK_SECONDS),
-    )
+    with _group(_devices()[0], f"tcp://{address}:{port}", rank, 2) as device:
+        return {f"{name}_gbit": 8e-9 * speed for name, speed in _collectives(device, LINK_BYTES).items()}
+
+
+@contextlib.contextmanager
+def _group(device: torch.device, address: str, rank: int, ranks: int) -> Iterator[torch.device]:
+    """The default process group over `ranks` processes, each on its device."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    backend, patience = dist.get_default_backend_for_device(device), datetime.timedelta(seconds=LINK_SECONDS)
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=ranks, timeout=patience)
     try:
-        block = torch.ones(LINK_BYTES // 4, device=device)
-        other = torch.empty_like(block)
-        reduce = _best(lambda: dist.all_reduce(block), device)
-        exchange = _best(lambda: dist.all_to_all_single(other, block), device)
-        # A ring of two sends the whole block once; all-to-all sends one half of it.
-        return {"all_reduce_gbit": 8e-9 * LINK_BYTES / reduce, "all_to_all_gbit": 4e-9 * LINK_BYTES / exchange}
+        yield device
     finally:
         dist.destroy_process_group()
+
+
+def _collectives(device: torch.device, size: int) -> dict[str, float]:
+    """Bytes a second that each rank must send, as a ring sends them: nccl-tests' bus bandwidth. size: bytes a rank."""
+    ranks = dist.get_world_size()
+    block = torch.ones(size // 4 // ranks * ranks, device=device)
+    other = torch.empty_like(block)
+    share = 4 * block.numel() * (ranks - 1) / ranks
+    reduce = _best(lambda: dist.all_reduce(block), device)
+    exchange = _best(lambda: dist.all_to_all_single(other, block), device)
+    return {"all_reduce": 2 * share / reduce, "all_to_all": share / exchange}
 
 
 def _best(work: Callable[[], Any], device: torch.device) -> float:
@@ -212,3 +266,7 @@ def _devices() -> list[torch.device]:
     if found is None:
         return [torch.device("cpu")]
     return [torch.device(found.type, number) for number in range(torch.accelerator.device_count())]
+
+
+if __name__ == "__main__":
+    _inside_rank(*(int(word) for word in sys.argv[1:]))

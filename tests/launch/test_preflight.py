@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 
 from launch.preflight import judge, rounds
-from launch.probes import probe, read_cards
+from launch.probes import inside, probe, read_cards
 
 pytestmark = pytest.mark.unit
 
@@ -80,6 +80,15 @@ def test_a_node_says_its_speeds_and_which_shard_is_cut_off(tmp_path, tiny_datase
     shard.write_bytes(shard.read_bytes()[:-2])
     (told,) = probe("data", {"data_path": str(data)})["health"]
     assert told.startswith(f"{shard}: ")
+
+
+def test_collectives_inside_a_node(monkeypatch):
+    found = inside(2)
+    assert set(found) == {"all_reduce_gb_per_second", "all_to_all_gb_per_second"}
+    assert all(0 < speed < 1000 for speed in found.values())
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    with pytest.raises(RuntimeError, match=r"^collectives inside the node: .*no-such-interface"):
+        inside(2)
 
 
 def test_cards_that_are_hot_or_have_memory_errors_are_named():
