@@ -346,8 +346,8 @@ class SavingConfig:
     keep_every: int = 0
     """Steps whose multiples are kept for ever; 0 keeps none beyond keep_last."""
     asynchronous: bool = True
-    """Write files in the background from a copy in host memory (what this rank saves, up to 14 bytes a parameter);
-    false makes the step wait for the disk."""
+    """Write files in the background from a copy in host memory (what this rank saves: in half precision 14 bytes for
+    each of its parameters, divided by the data-parallel ranks); false makes the step wait for the disk."""
 
 
 @dataclass

@@ -117,7 +117,7 @@ def test_a_run_says_what_fills_its_memory(whole_run: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kills", "steps"), [(2, 40), pytest.param(10, 300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 40), pytest.param(10, 120, marks=pytest.mark.slow)])
 def test_kills_during_saves_lose_nothing(
     kills: int, steps: int, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:

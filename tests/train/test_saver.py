@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_prep.errors import DataError
 from tests.train.parity import LR, in_ranks, my_batches, saver_of, start_engine
@@ -19,6 +20,10 @@ WORLD = 2
 
 def test_training_goes_on_while_files_are_written(tmp_path: Path) -> None:
     committed, saved, later, goes_on = in_ranks(WORLD, _blocked, str(tmp_path))
+    files = sorted((tmp_path / "checkpoints" / "step_00000001" / "model").iterdir())
+    shares = [sum(tensor.numel() for tensor in load_file(file).values()) for file in files]
+    assert len(shares) == WORLD, "what all data-parallel ranks hold is written by all of them"
+    assert max(shares) - min(shares) <= 1
     assert committed == [False, True]
     assert saved == [True] * len(saved)
     assert not any(later)

@@ -2,7 +2,7 @@
 
 A piece is a contiguous range of one tensor-parallel shard of one parameter, under the parameter's canonical name:
 
-    model/…       "weight|NAME"                                  compute dtype, whole shards (ranges under ZeRO-3)
+    model/…       "weight|NAME"                                  compute dtype, a share for each data-parallel rank
     optimizer/…   "master|NAME" "exp_avg|NAME" "exp_avg_sq|NAME"  fp32, the ranges that ZeRO gave each rank
 
 Each file's safetensors header says where its pieces belong, so that any layout can read what any other wrote.

@@ -30,7 +30,7 @@ class Staging:
     """Host memory, page-locked on accelerators, which makes the copy as fast as the bus.
 
     Page-locking is slow, so it is done once, in the background from the start of the run. It holds what this rank
-    writes: with half precision up to 14 bytes for each of its parameters.
+    writes: with half precision 14 bytes for each of its parameters, divided by the data-parallel ranks.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -81,23 +81,35 @@ class Staging:
 
     def _copied(self, piece: Piece, tensor: Tensor) -> Tensor:
         alive()
-        return self._buffers[piece.key].copy_(tensor.detach().reshape(-1), non_blocking=True)
+        return self._buffers[piece.key].copy_(tensor.detach().view(-1), non_blocking=True)
 
 
 def _weights(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
-    """The compute-dtype weights that this rank saves: whole shards, or the ranges that ZeRO-3 left it."""
+    """The compute-dtype weights that this rank saves.
+
+    Under ZeRO-3 the ranges that it holds. Else all data-parallel ranks hold the same: laid end to end, the parameters
+    make a line, of which each of these ranks saves as long a part.
+    """
     if engine.zero_stage == 3:
         for fragment in engine.fragments():
             if fragment.owner:
                 stored = fragment.parameter.ds_tensor.narrow(0, 0, fragment.master.numel())  # type: ignore[attr-defined]
                 yield Piece("weight", fragment.layout, fragment.start, stored.numel()), stored
         return
-    if engine.mesh.data_rank > 0:
-        return
-    for layout, parameter in named_layouts(engine.model.parameters()):
-        replica = getattr(parameter, "ds_pipe_replicated", False)
-        if not replica and (layout.dim is not None or engine.mesh.tensor_rank == 0):
-            yield Piece("weight", layout, 0, parameter.numel()), parameter
+    held = [
+        (layout, parameter.detach().view(-1))
+        for layout, parameter in named_layouts(engine.model.parameters())
+        if not getattr(parameter, "ds_pipe_replicated", False)
+        and (layout.dim is not None or engine.mesh.tensor_rank == 0)
+    ]
+    total, rank, ranks = sum(tensor.numel() for _, tensor in held), engine.mesh.data_rank, engine.mesh.data
+    first, last = total * rank // ranks, total * (rank + 1) // ranks
+    place = 0
+    for layout, tensor in held:
+        start, end = (min(max(bound - place, 0), tensor.numel()) for bound in (first, last))
+        if start < end:
+            yield Piece("weight", layout, start, end - start), tensor[start:end]
+        place += tensor.numel()
 
 
 def _states(engine: Engine) -> Iterator[tuple[Piece, Tensor]]:
