@@ -1,10 +1,11 @@
 """What a start on this machine's accelerators costs by phase, and what a hang there leaves behind.
 
-    python -m benchmarks.startup DATASET [--processes 2] [--hang] [train overrides …]
+    python -m benchmarks.startup phases DATASET [--processes 2] [train overrides …]
+    python -m benchmarks.startup hang DATASET [--processes 2] [train overrides …]
 
-Two starts of `python -m launch cluster=local` with two steps each: the first compiles the kernels into an empty cache,
-the second finds them there. With --hang one more run, under the supervisor: a rank's loader hangs, the job is found to
-hang and goes on; the events and the files in stacks/, NCCL's flight recorder among them, are listed. Prints JSON lines.
+phases: two starts of `python -m launch cluster=local` with two steps each; the first compiles the kernels into an empty
+cache, the second finds them there. hang: a run under the supervisor, in which a rank's loader hangs; the job is found to
+hang and goes on. The events and the files in stacks/, NCCL's flight recorder among them, are listed. Prints JSON lines.
 """
 
 import argparse
@@ -73,16 +74,17 @@ def hang(words: list[str], folder: Path, processes: int) -> dict[str, Any]:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("phases", "hang"))
     parser.add_argument("dataset")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--hang", action="store_true")
     options, words = parser.parse_known_args()
     words = [f"data.path={options.dataset}", *ALWAYS, *words]
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("kernels_compiled", "kernels_cached"):
-            print(json.dumps(start(name, words, Path(folder), options.processes)), flush=True)
-        if options.hang:
+        if options.what == "hang":
             print(json.dumps(hang(words, Path(folder), options.processes)), flush=True)
+        else:
+            for name in ("kernels_compiled", "kernels_cached"):
+                print(json.dumps(start(name, words, Path(folder), options.processes)), flush=True)
     return 0
 
 
