@@ -31,13 +31,14 @@ from train import backend
 from train.checkpoint.model import Trained, load_trained
 from train.checkpoint.select import read_manifest
 from train.evaluate_output import show
-from train.held_out import HeldOutConfig, held_out
+from train.held_out import SHARES, HeldOutConfig, held_out
 from train.labels import Labels, inputs
 from train.model.quantised import check_quantise
 from train.scores import Baseline, summary, total
 from train.tasks import Task, details, read_tasks, results, run_task
 
 SPLITS = ("valid", "test")
+CONTEXTS = ("both_ways", "one_way")
 
 
 @dataclass
@@ -58,6 +59,11 @@ class EvaluateConfig:
     """Slots of a sample; null means the run's."""
     seed: int | None = None
     """Seed of the order and the masks; null means the run's, with which the same samples are seen as while training."""
+    kind: str | None = None
+    """gmask or mask: samples of this kind alone; null means the run's shares."""
+    context: str = "both_ways"
+    """both_ways, or one_way: what stands in front of a gMASK's target is read from the left only, with the [gMASK] at
+    the start of the text (GLM as a left-to-right language model, arXiv 2103.10360, section 3.3)."""
     quantise: str | None = None
     """int8 or int4: the layers' matrices are rounded while loading; null leaves them."""
     quantise_group: int | None = None
@@ -74,6 +80,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ConfigError(f"split={self.split} must be one of {', '.join(SPLITS)}")
+        if self.kind not in (None, *SHARES):
+            raise ConfigError(f"kind={self.kind} must be null or one of {', '.join(SHARES)}")
+        if self.context not in CONTEXTS:
+            raise ConfigError(f"context={self.context} must be one of {', '.join(CONTEXTS)}")
         if self.data.path is not None and self.data.sources:
             raise ConfigError(f"data.path={self.data.path} and data.sources are both given; give one of them")
         check_quantise(self.quantise, self.quantise_group)
@@ -99,10 +109,13 @@ def main(config: EvaluateConfig) -> int:
                 stack,
                 sequence_length=config.sequence_length,
                 seed=config.seed,
+                kind=config.kind,
+                one_way=config.context == "one_way",
             )
             samples = config.samples or sampler.rows
             record = evaluate(trained, sampler, samples, config.micro_batch_size)
         record |= {"seed": sampler.seed, "samples": samples, "sequence_length": sampler.sequence_length, **origin}
+        record |= {"kind": config.kind, "context": config.context}
     if tasks:
         record["tasks"] = _run_tasks(config, trained, tasks)
     if config.quantise is not None:

@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ from data_prep.packing import PackPlan
 from data_prep.prepare import prepare
 from data_prep.samples import Sampler
 from train.checkpoint.model import Trained
+from train.one_way import OneWaySampler
+
+SHARES = {"gmask": (1.0, 0.0), "mask": (0.0, 1.0)}
+"""gmask_share and mask_share by the kind that is evaluated alone."""
 
 
 @dataclass
@@ -42,11 +46,13 @@ def held_out(
     *,
     sequence_length: int | None = None,
     seed: int | None = None,
+    kind: str | None = None,
+    one_way: bool = False,
 ) -> tuple[Sampler, dict[str, Any]]:
     """The sampler of the text to evaluate on, and what the output says about where it and the baseline come from.
 
-    stack: what it keeps open lives as long as the sampler is used. sequence_length, seed: null means the run's. Raises
-    ConfigError, DataError.
+    stack: what it keeps open lives as long as the sampler is used. sequence_length, seed, kind: null means the run's.
+    one_way: contexts of gMASK samples are read from the left only. Raises ConfigError, DataError.
     """
     run = trained.config
     length = sequence_length or run.sequence_length
@@ -66,10 +72,14 @@ def held_out(
         dataset, split = _opened(data.path, trained), split
         origin |= {"data": str(dataset.folder), "split": split}
     dataset.unigram_counts, origin["unigram_source"] = _unigram(dataset, split, trained)
+    sampling = run.data.sampling
+    if kind is not None:
+        gmask_share, mask_share = SHARES[kind]
+        sampling = replace(sampling, objective="blank_infilling", gmask_share=gmask_share, mask_share=mask_share)
     try:
-        sampler = Sampler(
+        sampler = (OneWaySampler if one_way else Sampler)(
             dataset,
-            run.data.sampling,
+            sampling,
             length,
             seed=run.seed if seed is None else seed,
             weighting=run.loss.weighting,
