@@ -136,6 +136,24 @@ def test_the_glm_130b_recipe_is_that_of_the_paper(glm_130b):
     rules.check(glm_130b, world_size=96 * 8)
 
 
+def test_small_scale_is_the_same_recipe_but_for_its_size():
+    names = ("stability/small_scale", "glm_130b")
+    small, whole = (compose_train([f"experiment={name}", "data.path=D"]) for name in names)
+    for group in ("precision", "stability", "loss"):
+        assert getattr(small, group) == getattr(whole, group), group
+    assert small.data.sampling == whole.data.sampling
+    assert small.sequence_length == whole.sequence_length
+    sizes = {"name", "num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "padded_vocab_size"}
+    for key in vars(whole.model).keys() - sizes:
+        assert getattr(small.model, key) == getattr(whole.model, key), key
+    assert dataclasses.replace(small.optimizer, lr=whole.optimizer.lr) == whole.optimizer
+    for config in (small, whole):
+        assert config.schedule.min_lr == pytest.approx(0.1 * config.optimizer.lr)
+        planned = config.max_samples or config.schedule.decay_samples
+        assert config.schedule.rampup_samples == pytest.approx(0.025 * planned, rel=1e-6)
+    rules.check(small, world_size=1)
+
+
 def test_experiment_is_chosen_with_and_without_a_plus():
     assert as_yaml(compose_train(["+experiment=demo"])) == as_yaml(compose_train(["experiment=demo"]))
 
