@@ -82,7 +82,7 @@ class Engine:
         """Called before weights or optimizer states may change: a save may still be copying them."""
         inner_optimizer(self.deepspeed.optimizer).register_step_pre_hook(lambda *_: self.before_change())
         self.flags = self.model.watch()
-        self.guard = Guard.of(config, mesh, self.model, self.deepspeed.optimizer)
+        self.guard = Guard.of(config, mesh, self.model, self.deepspeed.optimizer, lambda: self.before_change())
 
     @staticmethod
     def start(config: Config, mesh: Mesh) -> "Engine":

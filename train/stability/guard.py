@@ -8,6 +8,7 @@ An update is left out by the fused AdamW's own switch (`found_inf`), which chang
 number of steps: the same in fp32, bf16 and fp16, and under every ZeRO stage.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,12 @@ where it was skipped."""
 class Guard:
     """One run's guard; `Guard.of` gives None where nothing asks for one."""
 
-    def __init__(self, config: Config, mesh: Mesh, model: Model, optimizer: Any) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, model: Model, optimizer: Any, before_change: Callable[[], None]
+    ) -> None:
         stability = config.stability
         self.config, self.mesh, self.model, self.optimizer = config, mesh, model, optimizer
+        self._before_change = before_change
         self.tensors = Tensors(mesh, (layout.name for layout, _ in named_layouts(model.parameters())))
         tables = [name for name in self.tensors.names if group_of(name) == "embedding"]
         self._embedding = self.tensors.numbers(tables, mesh.device)
@@ -67,11 +71,18 @@ class Guard:
         optimizer.step = self.step
 
     @staticmethod
-    def of(config: Config, mesh: Mesh, model: Model, optimizer: Any) -> "Guard | None":
-        """A guard round `optimizer` (the one that DeepSpeed's engine steps), or None."""
+    def of(
+        config: Config, mesh: Mesh, model: Model, optimizer: Any, before_change: Callable[[], None]
+    ) -> "Guard | None":
+        """A guard round `optimizer` (the one that DeepSpeed's engine steps), or None.
+
+        before_change: called before weights are changed otherwise than by its step.
+        """
         stability = config.stability
         wanted = stability.telemetry or stability.reactions or stability.stress.flip_step is not None
-        return Guard(config, mesh, model, optimizer) if wanted or config.optimizer.clip_kind != "global" else None
+        if not wanted and config.optimizer.clip_kind == "global":
+            return None
+        return Guard(config, mesh, model, optimizer, before_change)
 
     def coming(self, step: int) -> None:
         """Which step is next, counted from 1: whether it is measured, and whether a fault is planted in it."""
@@ -105,6 +116,7 @@ class Guard:
         gradients = fragment_gradients(self.optimizer, fragments, self.config.parallel.zero_stage)
         stress = self.config.stability.stress
         if stress.flip_step == self.step_number:
+            self._before_change()
             flip(stress, fragments, gradients)
         found, loss, repetition = self._whole(squares(gradients) / self._scale**2)
         fp16 = fp16_shares(fragments, gradients) if self.measures else None
