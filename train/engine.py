@@ -192,7 +192,8 @@ class Engine:
         """`rank R, NAME` of the first item, in the model's order, that gave a non-finite output in a step.
 
         Where all outputs were finite, the last item whose output had a non-finite gradient: the backward pass comes
-        there first. None where it was in the gradient of a parameter only. All ranks call it together.
+        there first. Where those were finite too, the last parameter whose gradient was not, on the rank that holds its
+        optimizer states; None without a guard. All ranks call it together.
         """
         outputs, gradients = (row.nonzero().flatten().tolist() for row in result.flags)
         found: list[tuple[int, int, int, str]] = []  # (sooner first, rank, …)
@@ -201,6 +202,9 @@ class Engine:
         elif gradients:
             name = f"the gradient of {self.model.item_name(gradients[-1])}"
             found.append((1, -(self.model.start + gradients[-1]), self.mesh.rank, name))
+        elif self.guard is not None and result.measured is not None and (bad := self.guard.infinite(result.measured)):
+            summed = " as summed over the data-parallel ranks" if self.mesh.data > 1 else ""
+            found.append((2, -self.model.stop, self.mesh.rank, f"the gradient of {bad[-1]}{summed}"))
         first = min((entry for entries in gather(self.mesh, found) for entry in entries), default=None)
         return None if first is None else f"rank {first[2]}, {first[3]}"
 

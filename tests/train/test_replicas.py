@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.train.parity import BATCH, LR, in_ranks, my_batches, start_engine
+from train.model.build import named_layouts
 
 pytestmark = pytest.mark.distributed
 SHARED, CUT, TABLE = "layers.1.post_attention_norm.bias", "layers.1.mlp.dense_4h_to_h.weight", "word_embeddings.weight"
@@ -31,15 +32,16 @@ def test_under_zero_3_the_pieces_are_compared() -> None:
     assert said.startswith(f"{SHARED} is not the same on the tensor-parallel ranks ")
 
 
-@pytest.mark.parametrize("place", ["output", "gradient"])
-def test_the_first_layer_and_its_rank_are_named(place: str) -> None:
-    expected = {"output": "rank 1, layers.2", "gradient": "rank 1, the gradient of layers.2"}[place]
-    assert in_ranks(2, _broken, place) == expected
+def test_the_first_layer_and_its_rank_are_named() -> None:
+    assert in_ranks(2, _broken) == [
+        "rank 1, layers.2",
+        "rank 1, the gradient of layers.2",
+        "rank 1, the gradient of layers.2.mlp.dense_4h_to_h.bias",
+    ]
 
 
 def _flip(layout: list[str], name: str) -> list[str | None]:
     """What the comparison says after two steps, and after the lowest bit of one value of the last rank has flipped."""
-    from train.model.build import named_layouts
     from train.replicas import differing_replicas
 
     engine = start_engine(layout)
@@ -55,12 +57,20 @@ def _flip(layout: list[str], name: str) -> list[str | None]:
     return said
 
 
-def _broken(place: str) -> str | None:
-    """Where the engine says it went wrong, when layer 2 of the second rank's stage gives a NaN on the way or back."""
+def _broken() -> list[str | None]:
+    """Where the engine says it went wrong, when layer 2 of the second rank's stage gives a NaN on the way, on the way
+    back, or in the gradient of one bias alone."""
+    return [_broken_in(place) for place in ("output", "gradient", "parameter")]
+
+
+def _broken_in(place: str) -> str | None:
     engine = start_engine(["parallel.pipeline_parallel=2"])
     for item in engine.model.items:
-        if getattr(item, "index", None) == 2:
+        if getattr(item, "index", None) == 2 and place != "parameter":
             item.register_forward_hook(lambda module, inputs, output: (_spoil(output[0], place), *output[1:]))
+        elif getattr(item, "index", None) == 2:
+            bias = next(p for layout, p in named_layouts(item.parameters()) if layout.name.endswith("4h_to_h.bias"))
+            bias.register_hook(lambda gradient: gradient * float("inf"))
     result = engine.step(my_batches(engine, 0, BATCH), LR, 1.0)
     found: str | None = engine.first_bad_layer(result)
     return found

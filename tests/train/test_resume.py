@@ -324,7 +324,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_alone(overrides: list[str], tmp_
     ("fault", "place"),
     [
         (["model.init=normal", "model.init_std=1e20"], "loss and grad_norm not finite, first in rank 0, embedding"),
-        (["loss.z_loss=1e38"], "grad_norm not finite, first in the backward pass"),
+        (["loss.z_loss=1e38"], "grad_norm not finite, first in rank 0, the gradient of final_norm.bias"),
     ],
     ids=["forward", "backward"],
 )

@@ -29,13 +29,15 @@ from train.stability.telemetry import Snapshot, fp16_shares, squares, update_squ
 
 @dataclass(frozen=True)
 class Measured:
-    """What the guard saw in one step, the same on all ranks, on the device.
+    """What the guard saw in one step, on the device.
 
-    numbers: float64 [10], `FIELDS`. snapshot: telemetry of a measured step, None in the others.
+    numbers: float64 [10], `FIELDS`, the same on all ranks. snapshot: telemetry of a measured step, None in the others.
+    infinite: bool [this rank's fragments], where a gradient's norm was not finite (summed over data-parallel ranks).
     """
 
     numbers: Tensor
     snapshot: Snapshot | None
+    infinite: Tensor
 
 
 FIELDS = (
@@ -118,7 +120,8 @@ class Guard:
         if stress.flip_step == self.step_number:
             self._before_change()
             flip(stress, fragments, gradients)
-        found, loss, repetition = self._whole(squares(gradients) / self._scale**2)
+        mine = squares(gradients) / self._scale**2
+        found, loss, repetition = self._whole(mine)
         fp16 = fp16_shares(fragments, gradients) if self.measures else None
         if self.clipping is not None:
             factors = self.clipping.factors(found.sqrt()).to(torch.float32)[self._numbers]
@@ -130,8 +133,12 @@ class Guard:
         embedding = found[self._embedding].sum().sqrt()
         numbers = torch.stack((total, embedding, repetition, *self._score, left_out))
         snapshot = None if fp16 is None else self._snapshot(found, fp16, inner, 1.0 - left_out)
-        self._seen = Measured(numbers, snapshot)
+        self._seen = Measured(numbers, snapshot, ~mine.isfinite())
         return done
+
+    def infinite(self, measured: Measured) -> list[str]:
+        """Names of this rank's parameters whose gradient was not finite, in the model's order; waits for the device."""
+        return [self._fragments[number].layout.name for number in measured.infinite.nonzero().flatten().tolist()]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; waits for the device."""
