@@ -66,7 +66,8 @@ def measure(config: Config, dataset: Dataset) -> Costs:
     config.parallel.one_stage(tensor_parallel=1)
     config.parallel.sequence_parallel = False
     mesh = Mesh.single(backend.device())
-    model = Model(config, mesh, DTYPES[config.precision.dtype])
+    dtype = DTYPES[config.precision.dtype]
+    model = Model(config, mesh, dtype).to(dtype)  # parameters are made in fp32
     batch = next(open_loader(config, mesh, dataset, DataPlan(), 0))
     state = tuple(tensor.to(mesh.device) for tensor in inputs(batch))
     labels = Labels.of(batch).to(mesh.device)

@@ -71,7 +71,8 @@ def noisy_vectors() -> Iterator[None]:
         parameter = make_parameter(layout, device, **settings)
         if len(layout.full_shape) == 1:
             size = layout.full_shape[0]
-            parameter.data += 0.05 * layout.cut(normal_slice(mix_key(7, layout.name), (0, 1), (0, size), size)[0])
+            deviates = normal_slice(mix_key(7, layout.name), (0, 1), (0, size), size, device=device)[0]
+            parameter.data += 0.05 * layout.cut(deviates)
         return parameter
 
     with mock.patch.object(context_module, "make_parameter", noisy):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from data_prep.errors import DataError
 from tests.train.parity import LR, in_ranks, my_batches, saver_of, start_engine
+from train.host_memory import host_memory
 
 pytestmark = pytest.mark.distributed
 WORLD = 2
@@ -44,6 +45,21 @@ def test_an_error_in_one_ranks_thread_reaches_all_ranks(tmp_path: Path) -> None:
     assert len(set(errors)) == 1
     assert "rank_00001.safetensors: the disk is full" in errors[0]
     assert kept == ["latest", "step_00000001"]
+
+
+def test_host_memory_is_locked_while_its_owner_lives() -> None:
+    runtime, owner = mock.Mock(), type("Owner", (), {})()
+    runtime.cudaHostRegister.return_value = 0
+    with mock.patch.object(torch.cuda, "cudart", lambda: runtime), mock.patch.object(torch.cuda, "device"):
+        memory = host_memory(1 << 20, torch.device("cuda", 1), owner)
+        runtime.cudaHostRegister.assert_called_once_with(memory.data_ptr(), 1 << 20, 0)
+        values = memory[64:128].view(torch.float32).fill_(2.0)
+        address = memory.data_ptr()
+        del memory
+        runtime.cudaHostUnregister.assert_not_called()
+        del owner
+        runtime.cudaHostUnregister.assert_called_once_with(address)
+    assert values.tolist() == [2.0] * 16
 
 
 def _blocked(run_dir: str) -> tuple[list[bool], list[bool], list[bool], bool]:

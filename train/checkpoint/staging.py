@@ -16,13 +16,14 @@ from torch import Tensor
 
 from train.checkpoint.pieces import Piece
 from train.engine import Engine
+from train.host_memory import host_memory
 from train.model.build import named_layouts
 from train.progress import alive
 
 Pieces = dict[str, list[tuple[Piece, Tensor]]]
 """This rank's share of a checkpoint by part, `model` and `optimizer`: on the device, or their copies."""
-SLAB = 1 << 30
-"""Bytes of host memory taken at a time: torch rounds page-locked memory up to a power of two."""
+SLAB = 256 << 20
+"""Bytes of host memory taken at a time: few enough that the training's launches come in between."""
 _ALIGNED = 64
 
 
@@ -51,11 +52,11 @@ class Staging:
             return
         wanted = [(piece.key, tensor) for piece, tensor in chain.from_iterable(pieces.values())]
         sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for _, tensor in wanted]
-        pinned, left = self._engine.mesh.device.type != "cpu", sum(sizes)
+        left = sum(sizes)
         buffers, slab, used = {}, torch.empty(0, dtype=torch.uint8), 0
         for (key, tensor), size in zip(wanted, sizes, strict=True):
             if used + size > slab.numel():
-                slab, used = torch.empty(max(size, min(SLAB, left)), dtype=torch.uint8, pin_memory=pinned), 0
+                slab, used = host_memory(max(size, min(SLAB, left)), self._engine.mesh.device, self), 0
                 alive()
             buffers[key] = slab[used : used + tensor.nbytes].view(tensor.dtype)
             used, left = used + size, left - size
