@@ -8,6 +8,7 @@ that are there is short.
 import contextlib
 import mmap
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +18,20 @@ def host_memory(size: int, device: torch.device, owner: object) -> Tensor:
     """uint8 [size] on the host, page-locked where the device is an accelerator, while `owner` lives."""
     if device.type == "cpu":
         return torch.empty(size, dtype=torch.uint8)
-    if device.type != "cuda":
+    module = torch.get_device_module(device)
+    if not hasattr(module, "cudart"):  # back ends with another runtime
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8).zero_()
-    runtime = torch.cuda.cudart()
-    with torch.cuda.device(device):  # a thread begins on the first device, whoever's that is
-        if int(runtime.cudaHostRegister(memory.data_ptr(), size, 0)):
+    with module.device(device):  # a thread begins on the first device, whoever's that is
+        if int(module.cudart().cudaHostRegister(memory.data_ptr(), size, 0)):
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     # Another mapping may get these addresses. `memory` is an argument, so that it is still there then.
-    weakref.finalize(owner, _unlock, memory)
+    weakref.finalize(owner, _unlock, module.cudart(), memory)
     return memory
 
 
-def _unlock(memory: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+def _unlock(runtime: Any, memory: Tensor) -> None:
+    runtime.cudaHostUnregister(memory.data_ptr())

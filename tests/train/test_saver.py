@@ -48,9 +48,10 @@ def test_an_error_in_one_ranks_thread_reaches_all_ranks(tmp_path: Path) -> None:
 
 
 def test_host_memory_is_locked_while_its_owner_lives() -> None:
-    runtime, owner = mock.Mock(), type("Owner", (), {})()
+    module, owner = mock.MagicMock(), type("Owner", (), {})()
+    runtime = module.cudart.return_value
     runtime.cudaHostRegister.return_value = 0
-    with mock.patch.object(torch.cuda, "cudart", lambda: runtime), mock.patch.object(torch.cuda, "device"):
+    with mock.patch.object(torch, "get_device_module", return_value=module):
         memory = host_memory(1 << 20, torch.device("cuda", 1), owner)
         runtime.cudaHostRegister.assert_called_once_with(memory.data_ptr(), 1 << 20, 0)
         values = memory[64:128].view(torch.float32).fill_(2.0)
