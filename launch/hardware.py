@@ -31,6 +31,8 @@ class Hardware:
     """Accelerators of the machine that `node_watts` speaks of."""
     dollars_per_hour: float | None = None
     """One accelerator for an hour: a round figure to replace by your own."""
+    host_gb_per_second: float = 20.0
+    """Between page-locked host memory and one accelerator, each way at once: assumed for PCIe 4.0 x16."""
     implied_tflops: float | None = None
     """Peak that published days and utilisation imply, where no data sheet is at hand."""
 
@@ -60,9 +62,10 @@ TABLE = {
         # DGX A100: NVLink 3 (600 GB/s both ways), 8 x HDR InfiniBand (200 Gbit/s), 6.5 kW.
         Hardware("a100_40g", 39.4, 1555, 300, 25, 6500, dollars_per_hour=1.5),
         Hardware("a100_80g", 79.2, 2039, 300, 25, 6500, dollars_per_hour=2.0),
-        # DGX H100 and H200: NVLink 4 (900 GB/s both ways), 8 x NDR InfiniBand (400 Gbit/s), 10.2 kW.
-        Hardware("h100", 79.1, 3350, 450, 50, 10200, dollars_per_hour=3.0),
-        Hardware("h200", 139.8, 4800, 450, 50, 10200, dollars_per_hour=3.5),
+        # DGX H100 and H200: NVLink 4 (900 GB/s both ways), 8 x NDR InfiniBand (400 Gbit/s), 10.2 kW. Their PCIe 5.0
+        # carried 42.6 GB/s each way in benchmarks/offload.csv.
+        Hardware("h100", 79.1, 3350, 450, 50, 10200, dollars_per_hour=3.0, host_gb_per_second=42.0),
+        Hardware("h200", 139.8, 4800, 450, 50, 10200, dollars_per_hour=3.5, host_gb_per_second=42.0),
         # Published days of large runs on them imply these peaks (docs/planning.md); no more is known for certain.
         Hardware("hygon_dcu", implied_tflops=21.2, gpus_per_node=4),
         Hardware("sunway_sw26010_pro", implied_tflops=54.1, gpus_per_node=1),

@@ -52,8 +52,6 @@ HOP_SECONDS = {"link": 5e-6, "network": 12e-6}
 """Latency of one step of a ring."""
 HIDDEN = 0.3
 """What communication costs though a computation hides it, as a share of its time: both want the memory. Assumed."""
-HOST_LINK = 20e9
-"""Bytes a second between page-locked host memory and one accelerator, each way at once (PCIe 4.0 x16). Assumed."""
 GATHER_SECONDS = 7.5e-4
 """What gathering a layer's weights adds to a pass beyond what is sent. Set by one measured run of sharded weights
 (1.42 B, two H200s, FSDP2, micro-batch 16: 118,535 tokens/s)."""
@@ -290,7 +288,8 @@ class CostModel:
     def _update_seconds(self, held: float) -> float:
         """Master, moments and gradients read, master, moments and weights written, the norm read once more."""
         share = held / (self.data if self.config.parallel.zero_stage else 1)
-        moved = share * 8 / HOST_LINK if self.config.parallel.offload_optimizer else 0.0
+        link = self.hardware.host_gb_per_second * 1e9
+        moved = share * 8 / link if self.config.parallel.offload_optimizer else 0.0
         return max(moved, share * (12 + 12 + 4 + self.size + 4) / self.copy)
 
     def _tensor_seconds(self) -> float:
