@@ -32,6 +32,8 @@ FREE_GB = 1.0
 ANSWER_SECONDS = 180.0
 CLOCK_SECONDS = 5.0
 """A clock further from the fleet's median is bad: logs and heartbeats could not be put in order."""
+WIDTH = 160
+"""Columns of what is printed into a file."""
 SPEEDS = {
     "matmul_gflops": ("matmul", "GFLOP/s"),
     "copy_gb_per_second": ("copy", "GB/s"),
@@ -150,6 +152,8 @@ def judge(nodes: dict[str, dict[str, Any]], links: dict[tuple[str, str], dict[st
 def show(verdict: Verdict) -> None:
     """The tables and the verdict, on standard output."""
     console = Console()
+    if not console.is_terminal:  # a log takes the whole table
+        console = Console(width=WIDTH)
     shown = {key: " ".join(told) for key, told in SPEEDS.items() if any(key in one for one in verdict.nodes.values())}
     table = Table("node", *shown.values(), "free GB", "verdict")
     for name, found in verdict.nodes.items():
@@ -165,7 +169,8 @@ def show(verdict: Verdict) -> None:
     for line in verdict.links_at_fault:
         console.print(line)
     bad = ", ".join(verdict.bad)
-    console.print(f"leave out: {bad}" if bad else f"all {len(verdict.nodes)} nodes are good")
+    count = len(verdict.nodes)
+    console.print(f"leave out: {bad}" if bad else f"all {count} nodes are good" if count > 1 else "the node is good")
 
 
 def _speed(found: Mapping[str, Any]) -> float:

@@ -16,6 +16,9 @@ SLOW_SECONDS = 0.05
 LONGEST_REASON = 300
 """Characters of a rank's own words that go into the one sentence."""
 _FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
+_PHASES = ("imports", "rendezvous", "collectives", "checkpoint", "engine", "data", "step", "read", "validate", "save")
+_ORDER = {phase: number for number, phase in enumerate(_PHASES)}
+"""How far a rank is within a step (`train.heartbeat`), and before the first one."""
 _STATES = {
     "stopped": "its process is stopped (SIGSTOP, or a debugger)",
     "tracing-stop": "its process is held by a debugger",
@@ -151,10 +154,18 @@ def _silent(view: RankView, seconds: float) -> bool:
 
 
 def _missing(ranks: Mapping[int, RankView]) -> list[int]:
-    """Ranks outside of the collective that most others stand in; of those inside, the ones at an earlier step."""
+    """Ranks outside of the collective that most others stand in; of those inside, the ones at an earlier step.
+
+    Where none stands in a collective, as on accelerators whose hosts wait for the device, those that are furthest
+    behind, if they are not the most.
+    """
     outside = [rank for rank, view in ranks.items() if view.collective is None]
+    if outside and (len(outside) < len(ranks) or len(ranks) == 1):
+        return outside
     if outside:
-        return outside if len(outside) < len(ranks) else []
+        progress = {rank: (view.step, _ORDER.get(view.phase, -1)) for rank, view in ranks.items()}
+        behind = [rank for rank, place in progress.items() if place == min(progress.values())]
+        return behind if 2 * len(behind) <= len(ranks) else []
     places = Counter((view.step, view.collective) for view in ranks.values())
     if len(places) < 2:
         return []
@@ -166,9 +177,9 @@ def _missing(ranks: Mapping[int, RankView]) -> list[int]:
 
 def _waiting(ranks: Mapping[int, RankView], without: set[int]) -> str:
     """Where the others wait, as the end of a sentence."""
-    others = Counter(
-        view.collective for rank, view in ranks.items() if rank not in without and view.collective is not None
-    )
+    views = [view for rank, view in ranks.items() if rank not in without]
+    inside = Counter(view.collective for view in views if view.collective is not None)
+    others = inside or Counter(f"phase {view.phase} of step {view.step + 1}" for view in views if view.phase)
     if not others:
         return ""
     place, count = others.most_common(1)[0]

@@ -88,6 +88,21 @@ def test_no_one_is_blamed_where_all_wait_alike():
     assert "none has begun to beat" in of_hang({}, 20.0, {}).seen
 
 
+def test_the_rank_that_is_behind_where_hosts_wait_for_their_accelerators():
+    ranks = {0: view(collective=None), 1: view("b", collective=None, phase="data"), 2: view(collective=None)}
+    fault = of_hang(ranks, 20.0, {1: DUMP})
+    assert (fault.node, fault.rank) == ("b", 1)
+    assert fault.seen == (
+        "rank 1 on node b is missing for 20 s: it is in phase data at step 9, __next__ at data_prep/loader.py:71; "
+        "2 other ranks wait in phase step of step 10"
+    )
+    assert of_hang(dict(list(ranks.items())[:2]), 20.0, {}).rank == 1
+    assert of_hang({0: ranks[1]}, 20.0, {}).rank == 0
+    assert of_hang({0: ranks[0], 1: ranks[2]}, 20.0, {}).rank is None
+    ahead = {0: view(collective=None, step=10, phase="data"), 1: ranks[0], 2: ranks[2]}
+    assert of_hang(ahead, 20.0, {}).rank is None
+
+
 def test_stragglers_are_ranks_with_much_more_time_of_their_own():
     ranks = {rank: view(own_seconds=1.0) for rank in range(7)} | {7: view(own_seconds=1.8)}
     assert stragglers(ranks) == {7: pytest.approx(1.8)}
