@@ -22,7 +22,10 @@ def host_memory(size: int, device: torch.device, owner: object) -> Tensor:
     if not hasattr(module, "cudart"):  # back ends with another runtime
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    # A process that the loader forks must not share them: whose page is written to would be another one then, and the
+    # device would go on writing to the first.
+    pages.madvise(mmap.MADV_DONTFORK)
+    with contextlib.suppress(OSError):  # a system without large pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8).zero_()
     with module.device(device):  # a thread begins on the first device, whoever's that is

@@ -1,5 +1,6 @@
 """Saves in the background: training goes on meanwhile, what is saved is the step it was begun at, errors reach all."""
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,11 @@ def test_host_memory_is_locked_while_its_owner_lives() -> None:
         memory = host_memory(1 << 20, torch.device("cuda", 1), owner)
         runtime.cudaHostRegister.assert_called_once_with(memory.data_ptr(), 1 << 20, 0)
         values = memory[64:128].view(torch.float32).fill_(2.0)
+        # As the loader's workers are started; the memory is not theirs, and they must end well without it.
+        child = multiprocessing.get_context("fork").Process(target=int)
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
         address = memory.data_ptr()
         del memory
         runtime.cudaHostUnregister.assert_not_called()

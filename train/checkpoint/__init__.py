@@ -5,7 +5,7 @@
                              manifest.json (last: files, bytes, checksums, layout)
     latest                   name of the newest whole one
 
-`pieces.py` says how a tensor lies in the files, `write.py` and `read.py` do what they are called, `saver.py` does the
-former while training goes on, `select.py` finds the newest good one, `inspect.py` looks at any of them
-(`python -m train.checkpoint`).
+`pieces.py` says how a tensor lies in the files, `staging.py` copies them to the host, `write.py` and `read.py` do what
+they are called, `saver.py` does the former two while training goes on, `select.py` finds the newest good one,
+`inspect.py` looks at any of them (`python -m train.checkpoint`).
 """
