@@ -4,7 +4,7 @@
     python -m benchmarks.startup hang DATASET [--processes 2] [train overrides …]
 
 phases: two starts of `python -m launch cluster=local` with two steps each; the first compiles the kernels into an empty
-cache, the second finds them there. hang: a run under the supervisor, in which a rank's loader hangs; the job is found
+cache, the second finds them there. hang: a run under the supervisor, in which the last rank's loader hangs; the job is found
 to hang and goes on. The events and the files in stacks/, NCCL's flight recorder among them, are listed. Prints JSON.
 """
 
@@ -56,15 +56,16 @@ def hang(words: list[str], folder: Path, processes: int) -> dict[str, Any]:
     wanted = ["cluster=ssh", "cluster.nodes=1", f"cluster.processes={processes}", f"run_dir={run_dir}"]
     wanted += [f"cluster.ssh.hostfile={hosts}", f"cluster.ssh.command={remote}", "cluster.ssh.code_dir=null"]
     wanted += ["cluster.network_interface=lo", "cluster.supervisor_address=127.0.0.1"]
-    wanted += ["cluster.flight_recorder=2000", "cluster.hang_seconds=12", "cluster.max_restarts=2", "max_steps=60"]
-    wanted += ["+cluster.environment.TIANKONG_HANG_AT=256", *words]
+    wanted += ["cluster.flight_recorder=2000", "cluster.hang_seconds=12", "cluster.max_restarts=2", "max_steps=40"]
+    wanted += ["+cluster.environment.TIANKONG_HANG_AT=256", f"+cluster.environment.TIANKONG_HANG_RANK={processes - 1}"]
+    wanted += words
     status, seconds, said = run(["-c", START.format(MODULE), *wanted], {"TRITON_CACHE_DIR": str(folder / "triton")})
     events = read_log(run_dir / "events.jsonl") if (run_dir / "events.jsonl").exists() else []
     steps = [line["step"] for line in read_log(run_dir / "metrics.jsonl")]
     return {
         "hang": status,
         "command": round(seconds, 1),
-        "each_step_once": steps == list(range(1, 61)),
+        "each_step_once": steps == list(range(1, 41)),
         "events": events,
         "stacks": {file.name: file.stat().st_size for file in sorted((run_dir / "stacks").glob("*"))},
         "said": said,

@@ -221,7 +221,7 @@ class _Attempt:
         return told
 
     def ask_for_stacks(self) -> None:
-        """SIGUSR1 to the ranks that beat; the others have not set up to be asked."""
+        """Ask the ranks that beat; the others have not set up to be asked."""
         beating = [beat["rank"] for beat in self.beats() if beat["age"] is not None]
         files = {rank: stack_file(self._run_dir, rank) for rank in beating}
         self._stack_sizes = {rank: file.stat().st_size if file.exists() else 0 for rank, file in files.items()}

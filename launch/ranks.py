@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from data_prep.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED
 from launch.console import Console
+from train.heartbeat import STACK_SIGNAL
 
 SETTLE_SECONDS = 0.5
 """After a failure, how long other ranks may show that they failed earlier."""
@@ -116,10 +117,10 @@ class Ranks:
         return self._outcome
 
     def dump_stacks(self, ranks: Iterable[int]) -> None:
-        """Ask these ranks for their stacks; only for those that beat, whom SIGUSR1 would not end."""
+        """Ask these ranks for their stacks."""
         for rank in ranks:
             if self._ranks[rank].status is None:
-                self._ranks[rank].process.send_signal(signal.SIGUSR1)
+                self._ranks[rank].process.send_signal(STACK_SIGNAL)
 
     def abort(self) -> None:
         """Kill every rank at once; `poll` then gives EXIT_CRASH, and no rank is blamed."""

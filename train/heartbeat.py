@@ -4,7 +4,7 @@
 
 A thread writes the file each second over itself, so that a full disk does not make a rank look dead. The training step
 pays for nothing but an assignment: the thread looks at the other threads' Python stacks from outside and finds the
-collective that the rank stands in, and the share of time it spends outside of any. SIGUSR1 appends the stacks of all
+collective that the rank stands in, and the share of time it spends outside of any. SIGURG appends the stacks of all
 threads to stacks/rank_N.txt, also while Python waits inside a library.
 
 Free of torch: the launcher reads these files too.
@@ -37,6 +37,9 @@ FEWEST_BEATS = 20
 """… and the fewest that make one: two looks a second, each at a rank that computes or waits, count little at first."""
 _BYTES = 1024
 """Length of the file: written in place, it never needs another block of the disk."""
+STACK_SIGNAL = signal.SIGURG
+"""Has a rank write its stacks. Not SIGUSR1: LLVM takes that one over when Triton compiles its first kernel. A process
+that has not set up to be asked ignores it."""
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 _FRAME = re.compile(r'\s+File "(.*)", line (\d+) in (.*)')
 _LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", "<frozen", sys.prefix + "/lib")
@@ -101,7 +104,7 @@ class Heartbeat:
             self._beat()
         except OSError:
             return
-        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True, chain=False)
+        faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True, chain=False)
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -162,7 +165,7 @@ def beat_file(run_dir: Path, rank: int) -> Path:
 
 
 def stack_file(run_dir: Path, rank: int) -> Path:
-    """Where a rank's stacks go on SIGUSR1."""
+    """Where a rank's stacks go on SIGURG."""
     return run_dir / "stacks" / f"rank_{rank}.txt"
 
 

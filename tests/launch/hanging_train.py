@@ -1,6 +1,7 @@
 """`python -m train` with one rank that never comes to a step's all-reduce: its loader hands out a batch no more.
 
-It happens once, on rank 1, when it reaches sample TIANKONG_HANG_AT; a file in the run folder remembers that it has.
+It happens once, on rank TIANKONG_HANG_RANK (1), when it reaches sample TIANKONG_HANG_AT; a file in the run folder
+remembers that it has.
 """
 
 import os
@@ -22,7 +23,7 @@ def hanging_loader(config: Config, *rest: Any) -> Iterator[Batch]:
     done = Path(config.run_dir) / "has-hung"
     for batch in open_loader(config, *rest):
         late = int(batch.sample_index.max()) >= int(os.environ["TIANKONG_HANG_AT"])
-        if late and os.environ["RANK"] == "1" and not done.exists():
+        if late and os.environ["RANK"] == os.environ.get("TIANKONG_HANG_RANK", "1") and not done.exists():
             done.touch()
             wait_for_a_shard_that_never_comes()
         yield batch

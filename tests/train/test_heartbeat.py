@@ -1,13 +1,14 @@
 """What a rank says of itself: phases, start-up, the collective it stands in, stacks on a signal, a full disk."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from unittest import mock
 
 import pytest
+import triton
+import triton.language as tl
 
 from tests.conftest import ROOT
 from train import heartbeat
@@ -79,10 +80,47 @@ def test_the_collective_and_the_stacks_of_a_rank_that_waits(tmp_path):
         beat = until(lambda: (found := read_beat(tmp_path, 0)) and found.collective and found)
         assert (beat.step, beat.phase, beat.pid) == (7, "step", process.pid)
         assert beat.collective.startswith("recv")
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, heartbeat.STACK_SIGNAL)
         # Written piece by piece.
         until(lambda: "in waits_in_torch" in stack_file(tmp_path, 0).read_text())
         assert "in recv" in stack_file(tmp_path, 0).read_text()
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+COMPILES = """
+import sys, time
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tests.train.test_heartbeat import kernel
+from train.heartbeat import Heartbeat
+
+heart = Heartbeat(sys.argv[1], 0)
+heart.start()
+triton.compile(ASTSource(kernel, {"x": "*fp32"}), target=GPUTarget("cuda", 90, 32))
+heart.now("step", 1)
+heart._beat()
+time.sleep(600)
+"""
+
+
+@triton.jit
+def kernel(x):
+    tl.store(x, 1.0)
+
+
+@pytest.mark.unit
+def test_the_stacks_are_told_after_triton_has_compiled(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    process = subprocess.Popen([sys.executable, "-c", COMPILES, str(tmp_path)], cwd=ROOT, env=environment)
+    try:
+        until(lambda: (beat := read_beat(tmp_path, 0)) and beat.step == 1)
+        os.kill(process.pid, heartbeat.STACK_SIGNAL)
+        until(lambda: '"<string>", line ' in stack_file(tmp_path, 0).read_text())
         assert process.poll() is None
     finally:
         process.kill()
