@@ -3,22 +3,25 @@
     python -m benchmarks.decode                      # writes benchmarks/decode.csv, a row as soon as it is measured
     python -m benchmarks.decode --shape toy --new 24 # a minute on a CPU: does it run?
     python -m benchmarks.decode --profile            # and prints where a step's time goes
+    python -m benchmarks.decode --budget 180         # leaves out what would begin later than so many seconds
 
 Two models at 24 layers of 2048, heads of 128, gated FFN 5504, vocabulary 50304 (1.4 B parameters), random weights:
 `llama`, causal and pre-norm, which transformers' LlamaForCausalLM computes too; and `glm`, GLM-130B's layer, filling a
-[gMASK]. First, at toy size: greedy text with the cache must equal text without it, and what transformers writes on the
-exported weights (fp32); cached logits in half precision, and those of integer weights, must be near the references'. A
-failed check ends with status 1 and times nothing.
+[gMASK]. First, side by side: the GPU tests of decoding's kernels (on a CPU they are `make test`'s), and
+`benchmarks.decode_check` at toy size. A failed one ends with status 1 and times nothing.
 
 Tokens a second are those of decoding: of two calls, one `--new` tokens long and one of an eighth of that, the
 difference, so that prefill, capture and compilation do not count. Ours is `train.generation.blanks.fill_all`, theirs
-`generate` with a static cache, which it compiles with CUDA graphs by itself; all greedy. Bytes a step: the weights that
-it reads, and the keys and values of a row of mean length. The limit is the card's own copy rate.
+`generate` with a static cache, which it compiles with CUDA graphs by itself; all greedy. A bare step is one of ours
+whose tokens nobody reads. Weights `int4 aten`: our loop with PyTorch's own product of INT4 weights (the one under
+torchao's), groups of 128. Bytes a step: the weights that it reads, and the keys and values of a row of mean length. The
+limit is the card's own copy rate.
 """
 
 import argparse
 import copy
 import csv
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +30,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode_models import Ids, greedy_without_cache, model_of, text_for, theirs_of, with_kernels
+from benchmarks.decode_models import Ids, aten_int4, model_of, text_for, theirs_of
 from benchmarks.step import device, versions
 from benchmarks.step_worker import SHAPES, Shape, measure_ceilings
 from train import backend
 from train.generation.blanks import fill_all
+from train.generation.course import Course
 from train.generation.decoder import Decoder
+from train.generation.forms import Form
 from train.generation.picking import Decoding
 from train.model.build import DTYPES, Model
 from train.model.quantised import quantise_model, weight_bytes
@@ -51,38 +56,67 @@ FIELDS = (
 FIELDS += ("gb_a_step", "share_of_limit", "same_tokens", "first_call_s", "copy_gb_per_s")
 Call = Callable[[int], list[list[int]]]
 """New tokens asked for -> those written, a row each."""
+WEIGHTS: dict[tuple[str, int], tuple[str | None, ...]] = {
+    ("llama", 1): (None, "int4", "int8", "int4 aten"),
+    ("glm", 1): (None, "int4"),
+    ("llama", 64): (None, "int4", "int4 aten"),
+}
+"""What is measured of a form at a batch size, other sizes as 64; None: `--dtype`."""
+
+
+CHECK_SECONDS = 90
+SHOWN = 40
+"""Last lines of a check that are shown."""
 
 
 def main() -> int:
-    """Check, measure, write; 1 where the check failed."""
+    """Check, measure, write; 1 where a check failed."""
     options = parse(sys.argv[1:])
     began, place = time.perf_counter(), backend.device()
-    problem = check(place, options.dtype)
-    if problem:
-        print(problem, file=sys.stderr)
+
+    def late(what: str) -> bool:
+        if time.perf_counter() - began > options.budget:
+            print(f"{what}: left out, {options.budget:.0f} s are over", flush=True)
+            return True
+        return False
+
+    if not check(options.dtype, gpu=place.type == "cuda"):
         return 1
     print(f"checks passed after {time.perf_counter() - began:.0f} s", flush=True)
     copied = None if place.type == "cpu" else measure_ceilings()["copy_gb_per_s"]
-    table = Table(options, copied)
-    shape = SHAPES[options.shape]
+    table, shape, peer = Table(options, copied), SHAPES[options.shape], None
     # Ours first: what a peer's compiler takes must not keep them from being measured.
-    for form in ("llama", "glm"):
-        model, ids = model_of(form, shape, place, options.dtype)
-        forms: list[str | None] = [None, "int8", "int4"] if form == "llama" else [None, "int4"]
-        for word in forms:
-            one = copy.deepcopy(model) if word else model
-            if word:
-                quantise_model(one, word, None, "auto")
-            for batch in options.batch:
-                table.add(ours(form, one, ids, word or options.dtype, batch, shape, options))
-            del one
-        if form == "llama":
-            peer = theirs_of(form, model, ids)
-        del model
-    for batch in options.batch:
-        table.add(transformers_row(peer, ids, batch, shape, options))
+    for batch in sorted(options.batch):
+        for form in ("llama", "glm"):
+            words = WEIGHTS.get((form, batch), WEIGHTS["llama", 64] if form == "llama" else ())
+            if not words or late(f"{form}, batch {batch}"):
+                continue
+            model, ids = model_of(form, shape, place, options.dtype)
+            for word in words:
+                one = with_weights(model, word)
+                if one is not None and not late(f"{form}, {word or options.dtype}, batch {batch}"):
+                    table.add(ours(form, one, ids, word or options.dtype, batch, shape, options))
+                del one
+            if form == "llama":
+                peer = peer or theirs_of(form, model, ids)
+            del model
+    # The batch that takes more first: its ratio says more.
+    for batch in sorted(options.batch, reverse=True):
+        if peer is not None and not late(f"transformers, batch {batch}"):
+            table.add(transformers_row(peer, ids, batch, shape, options))
     print(f"done after {time.perf_counter() - began:.0f} s", flush=True)
     return 0
+
+
+def with_weights(model: Model, word: str | None) -> Model | None:
+    """A copy of the model with such weights, itself for None; None where the device lacks the product."""
+    if word is None:
+        return model
+    one = copy.deepcopy(model)
+    if word == "int4 aten":
+        return one if aten_int4(one) else None
+    quantise_model(one, word, None, "auto")
+    return one
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -95,6 +129,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if device()[:3] != "CPU" else "fp32")
     parser.add_argument("--repeats", type=int, default=3, help="calls of each length; their median counts (default 3)")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step of each of our rows")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args(words)
     if options.shape == "toy":
@@ -143,16 +178,14 @@ def ours(
         return [blanks[0] for blanks in fill_all(model, ids, texts, Decoding(new), causal=form == "llama")]
 
     row = timed(call, options, form, batch)
+    forms = [Form.of(text, ids, model.context.model, causal=form == "llama") for text in texts]
     decoder = Decoder(model, batch, options.context + options.new + 2)
-    decoder.begin([text[:-1] for text in texts], causal=form == "llama")
-    tokens = torch.zeros(batch, dtype=torch.int64, device=decoder.device)
-    positions = torch.zeros(batch, 2, dtype=torch.int64, device=decoder.device)
+    decoder.begin([one.context for one in forms], causal=form == "llama")
+    run = Course(decoder, forms, ids, Decoding(options.new), range(batch)).start()
 
     def steps(count: int) -> None:
-        nonlocal tokens
         for _ in range(count):
-            positions[:, 0] = decoder.lengths
-            tokens = decoder.step(tokens, positions).argmax(-1)
+            run()
         backend.synchronize()
 
     steps(4)
@@ -228,52 +261,25 @@ def agreeing(one: Sequence[int], other: Sequence[int]) -> int:
     return next((number for number, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
-def check(place: torch.device, half: str) -> str | None:
-    """Hold decoding to independent computations at toy size; what differs, or None."""
-    shape, new = SHAPES["toy"], 12
-    for form in ("llama", "glm"):
-        model, ids = model_of(form, shape, place, "fp32")
-        peer = theirs_of(form, model, ids)
-        texts = [[*text[: 9 + 7 * row], ids.gmask] for row, text in enumerate(text_for(form, ids, 3, 40))]
-        causal = form == "llama"
-        cached = [blanks[0] for blanks in fill_all(model, ids, texts, Decoding(new), causal=causal)]
-        for text, found in zip(texts, cached, strict=True):
-            start = [ids.sop, *text[:-1]] if causal else [*text, ids.sop]
-            asked = torch.tensor([start], device=place)
-            plain = greedy_without_cache(model, start, new, causal=causal)
-            theirs = peer.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=new, do_sample=False)
-            if not found == plain == theirs[0, len(start) :].tolist():
-                return (
-                    f"{form}: cached {found}, without a cache {plain}, transformers {theirs[0, len(start) :].tolist()}"
-                )
-        print(f"{form}: greedy text equals that without a cache and transformers' (fp32)", flush=True)
-        # Half precision and integers: the fused step against the references, same weights, same tokens.
-        for word in (None, "int8", "int4"):
-            one, ids = model_of(form, shape, place, half)
-            two = with_kernels(one, "reference")
-            for each, kernel in ((one, "auto"), (two, "reference")):
-                if word:
-                    quantise_model(each, word, None, kernel)
-            worst = max(step_difference(one, two, texts[0][:-1], rows, causal) for rows in (1, 6))
-            print(f"{form}, {word or half}: cached logits differ from the references by {worst:.1e}", flush=True)
-            # bf16 keeps 8 bits: correct ways to round differ by less than this after two layers, wrong sums by more.
-            if not worst < 3e-2:
-                return f"{form}, {word or half}: the fused step differs from the references by {worst:.2e}"
-    return None
-
-
-def step_difference(one: Model, two: Model, context: Sequence[int], rows: int, causal: bool) -> float:
-    """Relative difference of the logits of three steps of `rows` rows."""
-    decoders = [Decoder(model, rows, len(context) + 8) for model in (one, two)]
-    differences = []
-    for decoder in decoders:
-        decoder.begin([context] * rows, causal=causal)
-    for number in range(3):
-        tokens = torch.arange(rows, device=decoders[0].device) + 5 + number
-        positions = torch.stack([decoders[0].lengths, torch.zeros_like(tokens)], 1)
-        a, b = (decoder.step(tokens, positions) for decoder in decoders)
-        differences.append(float((a - b).norm() / b.norm()))
-    return max(differences)
+def check(half: str, *, gpu: bool) -> bool:
+    """Run the checks side by side, since most of their time goes into compiling; whether all passed."""
+    jobs = [[sys.executable, "-m", "benchmarks.decode_check", form, half] for form in ("llama", "glm")]
+    if gpu:
+        tests = [f"tests/kernels/test_{name}.py" for name in ("decode_attention", "quantised_matmul")]
+        jobs.append([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests])
+    running = [subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for job in jobs]
+    passed = True
+    for job, process in zip(jobs, running, strict=True):
+        try:
+            said, _ = process.communicate(timeout=CHECK_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = process.communicate()[0] + f"\nnot done after {CHECK_SECONDS} s"
+        print(*said.splitlines()[-SHOWN:], sep="\n", flush=True)
+        if process.returncode:
+            print(f"failed: {' '.join(job[1:])}", file=sys.stderr, flush=True)
+            passed = False
+    return passed
 
 
 def profile(function: Callable[[], None]) -> str:

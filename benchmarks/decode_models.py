@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.step_worker import SHAPES, Shape
 from data_prep.tokenizer import SPECIALS
+from kernels.quantised_weight import dequantise, quantise, unpack_int4
 from train.cli import compose_train
 from train.convert.causal_formats import Llama
 from train.convert.formats import Format, HuggingFace
@@ -20,6 +21,8 @@ from train.convert.mapping import Mapping
 from train.convert.vocabulary import Vocabulary
 from train.mesh import Mesh
 from train.model.build import DTYPES, Model, named_layouts, operations
+from train.model.layers import Attention, FeedForward
+from train.model.quantised import MATRICES
 
 PRE_NORM = (
     "model.norm_placement=pre",
@@ -31,12 +34,17 @@ PRE_NORM = (
 )
 
 
+ATEN_GROUP = 128
+"""Columns that share a scale in PyTorch's INT4 product."""
+
+
 @dataclass(frozen=True)
 class Ids:
     """The special tokens of a table, which is all of a tokenizer that decoding asks for."""
 
     pieces: int
     name: str = "benchmark"
+    kind: str = "model"
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
@@ -120,6 +128,47 @@ def theirs_of(form: str, model: Model, ids: Any) -> Any:
     peer.generation_config.eos_token_id = None
     peer.generation_config.pad_token_id = ids.eod
     return peer
+
+
+class _AtenInt4(nn.Module):
+    """Stands in for a weight, as `QuantisedWeight`: PyTorch's product of INT4 weights, w = (u − 8) · scale + zero."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        values, scale = quantise(weight, 4, group_size=ATEN_GROUP)
+        unsigned = unpack_int4(values).view(torch.uint8) + 8
+        pairs = (unsigned[:, ::2] & 15) << 4 | unsigned[:, 1::2] & 15
+        self.packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
+        scales = torch.stack([scale, torch.zeros_like(scale)], 2)  # [rows, groups, 2]
+        self.scales = scales.transpose(0, 1).contiguous().to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.ops.aten._weight_int4pack_mm(x.flatten(0, -2), self.packed, ATEN_GROUP, self.scales)
+        return flat.unflatten(0, x.shape[:-1])
+
+
+def aten_int4(model: Model) -> bool:
+    """Replace the layers' matrices, in place, by PyTorch's own INT4 product; False where the device lacks it.
+
+    Raises RuntimeError where a product is not that with the rounded weight.
+    """
+    weight = next(part for part in model.modules() if isinstance(part, Attention)).dense_weight
+    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
+        return False
+    for part in [module for module in model.modules() if isinstance(module, Attention | FeedForward)]:
+        for name in MATRICES:
+            weight = part._parameters.get(name)
+            if weight is None:
+                continue
+            other = _AtenInt4(weight.detach())
+            x = torch.randn(3, weight.shape[1], dtype=torch.bfloat16, device=weight.device)
+            rounded = dequantise(*quantise(weight.detach(), 4, group_size=ATEN_GROUP), 4)
+            error = float((other(x).float() - (wanted := x.float() @ rounded.T)).norm() / wanted.norm())
+            if not error < 2e-2:  # their scales are bf16
+                raise RuntimeError(f"aten::_weight_int4pack_mm differs by {error:.1e} for {name}")
+            del part._parameters[name]
+            setattr(part, name, other)
+    return True
 
 
 @torch.no_grad()

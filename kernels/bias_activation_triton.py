@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.bias_activation import GATED, KINDS, check
 from kernels.operation import operation
-from kernels.shared_triton import column_sums, multiprocessors
+from kernels.shared_triton import column_sums, let_next_start, multiprocessors, starts_early, wait_for_last
 
 GEGLU, SWIGLU, GELU, GELU_TANH = (tl.constexpr(i) for i in range(4))  # in the order of KINDS
 
@@ -47,8 +47,11 @@ def _load(x, bias, row, column, mask, width, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x, bias, out, rows, F: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    x, bias, out, rows,
+    F: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     GATE: tl.constexpr = KIND < 2
     width = 2 * F if GATE else F
     STRIPS: tl.constexpr = (F + C - 1) // C
@@ -114,10 +117,12 @@ def _forward(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     rows = x.numel() // x.shape[-1]
     out = torch.empty(*x.shape[:-1], features, dtype=x.dtype, device=x.device)
     r, c, warps = FORWARD_TILE
+    early = starts_early(x.device, rows)
     if rows:
         _forward_kernel[(triton.cdiv(features, c) * triton.cdiv(rows, r),)](  # a second axis ends at 65535
-            x, bias, out, rows, F=features, KIND=kind, HAS_BIAS=bias is not None, R=r, C=c, num_warps=warps
-        )
+            x, bias, out, rows,
+            F=features, KIND=kind, HAS_BIAS=bias is not None, R=r, C=c, EARLY=early, num_warps=warps, launch_pdl=early,
+        )  # fmt: skip
     return out
 
 

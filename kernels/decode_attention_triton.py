@@ -20,11 +20,12 @@ from torch import Tensor
 
 from kernels.decode_attention import check
 from kernels.operation import operation
-from kernels.shared_triton import multiprocessors
+from kernels.shared_triton import let_next_start, multiprocessors, starts_early, wait_for_last
 
 LOG2E = 1.4426950408889634
 PROGRAMS = 4  # a multiprocessor: enough loads in flight
 MOST_SHARES = 64
+TILE = (64, 4, 3)  # slots, half as many in float32; warps, stages
 
 
 @triton.jit
@@ -33,11 +34,14 @@ def _share_kernel(
     q_row, q_head, key_row, key_head, value_row, value_head, cache_row, cache_slot, cache_head,
     place_row, from_row, to_row,
     GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One share of one row and head. unit: scale · log2 e.
 
     part [rows, kv_heads, SHARES, GROUP, D], top_of and sum_of [rows, kv_heads, SHARES, GROUP], float32, contiguous.
     """
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     row = (tl.program_id(0) // kv_heads).to(tl.int64)
     head = tl.program_id(0) % kv_heads
     share = tl.program_id(1)
@@ -94,9 +98,12 @@ def _share_kernel(
 
 @triton.jit
 def _join_kernel(
-    part, top_of, sum_of, out, GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, BD: tl.constexpr
-):
+    part, top_of, sum_of, out,
+    GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """One query head of one row: out = Σ 2^(top − max) part / Σ 2^(top − max) sum over its shares."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     line = tl.program_id(0).to(tl.int64)
     share, dim = tl.arange(0, SHARES), tl.arange(0, BD)
     at = (line // GROUP * SHARES + share) * GROUP + line % GROUP
@@ -126,24 +133,27 @@ def _decode(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    block = 32 if q.dtype == torch.float32 else 64
+    block, warps, stages = TILE
+    block //= 2 if q.dtype == torch.float32 else 1
     shares = shares_for(rows * kv_heads, slots, block, multiprocessors(q.device))
     kept = rows * heads * shares if shares > 1 else 0
     part = torch.empty(kept, dim, dtype=torch.float32, device=q.device)
     top_of, sum_of = (torch.empty(kept, dtype=torch.float32, device=q.device) for _ in range(2))
     padded = max(16, triton.next_power_of_2(dim))
+    early = starts_early(q.device, rows)
     _share_kernel[(rows * kv_heads, shares)](
         q, key, value, keys, values, place, attend_from, attend_to, out, part, top_of, sum_of, slots, kv_heads,
         scale * LOG2E,
         q.stride(0), q.stride(2), key.stride(0), key.stride(2), value.stride(0), value.stride(2), *keys.stride()[:3],
         place.stride(0), attend_from.stride(0), attend_to.stride(0),
         GROUP=group, D=dim, SHARES=shares, BQ=max(16, triton.next_power_of_2(group)), BD=padded, BN=block,
-        num_warps=4, num_stages=3,
+        EARLY=early, num_warps=warps, num_stages=stages, launch_pdl=early,
     )  # fmt: skip
     if shares > 1:
         _join_kernel[(rows * heads,)](
-            part, top_of, sum_of, out, GROUP=group, D=dim, SHARES=shares, BD=padded, num_warps=4
-        )
+            part, top_of, sum_of, out,
+            GROUP=group, D=dim, SHARES=shares, BD=padded, EARLY=early, num_warps=4, launch_pdl=early,
+        )  # fmt: skip
     return out
 
 

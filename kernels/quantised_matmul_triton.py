@@ -4,8 +4,7 @@ A program owns a block of the weight's rows and walks along its columns. The int
 products sum up in float32 before their scale: a whole row's once at the end, a group's after each of its blocks. The
 two nibbles of a byte are neighbouring columns, so INT4 takes even and odd columns of x as two products.
 
-Up to FEW rows of x (decoding one text) need no matrix unit: `_vector_kernel` gives each program so few rows of the
-weight that the whole device loads at once, 16 bytes a thread, and adds up in registers.
+Up to FEW rows of x (decoding one text) need no matrix unit: `quantised_vector_triton.py`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,6 +19,21 @@ from torch import Tensor
 
 from kernels.operation import operation
 from kernels.quantised_matmul import check
+from kernels.quantised_vector_triton import fits, multiply
+
+
+@triton.jit
+def _nibble(byte, dtype: tl.constexpr):
+    """The low four bits of int8 values as two's complement, in `dtype`.
+
+    A 16-bit float is put together from its bits: 128 + u in bfloat16, 1024 + u in float16 with u = value + 8.
+    """
+    flipped = (byte.to(tl.int16) & 15) ^ 8
+    if dtype == tl.bfloat16:
+        return (flipped | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+    if dtype == tl.float16:
+        return (flipped | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    return flipped.to(dtype) - 8.0
 
 
 @triton.jit
@@ -49,58 +63,21 @@ def _matmul_kernel(
                 value = tl.load(to_x + byte[None, :], mask=row_mask & valid[None, :], other=0.0)
                 part = tl.dot(value, w.to(value.dtype), part, input_precision="ieee")
             else:
-                mask = row_mask & valid[None, :]
-                even = tl.load(to_x + 2 * byte[None, :], mask=mask, other=0.0)
-                odd = tl.load(to_x + 2 * byte[None, :] + 1, mask=mask, other=0.0)
-                wide = w.to(tl.int32)  # shifts that keep the sign, whatever int8's do
-                part = tl.dot(even, (wide >> 4).to(even.dtype), part, input_precision="ieee")
-                part = tl.dot(odd, ((wide << 28) >> 28).to(odd.dtype), part, input_precision="ieee")
+                first = 2 * (group * (GROUP // EACH) + block * BK)
+                two = first + tl.arange(0, 2 * BK)
+                mask = row_mask & (two - 2 * group * (GROUP // EACH) < GROUP)[None, :]
+                both = tl.load(to_x + two[None, :], mask=mask, other=0.0)
+                even, odd = tl.split(tl.reshape(both, [BM, BK, 2]))
+                part = tl.dot(even, _nibble(w >> 4, even.dtype), part, input_precision="ieee")
+                part = tl.dot(odd, _nibble(w, odd.dtype), part, input_precision="ieee")
         s = tl.load(scale + column.to(tl.int64) * (K // GROUP) + group, mask=column < n, other=0.0)
         total += part * s.to(tl.float32)[None, :]
     tl.store(out + row[:, None].to(tl.int64) * n + column[None, :], total, mask=row_mask & column_mask)
 
 
-@triton.jit
-def _vector_kernel(
-    x, packed, scale, out, n,
-    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """BN rows of the weight times one row of x. BK: packed values of one block of columns."""
-    EACH: tl.constexpr = 8 // BITS
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    to_x = x + tl.program_id(1).to(tl.int64) * K
-    to_w = packed + column[:, None].to(tl.int64) * (K // EACH)
-    to_scale = scale + column[:, None].to(tl.int64) * (K // GROUP)
-    column_mask = (column < n)[:, None]
-    total = tl.zeros([BN, BK], tl.float32)
-    for start in range(0, K // EACH, BK):
-        byte = start + tl.arange(0, BK)
-        valid = byte < K // EACH
-        mask = column_mask & valid[None, :]
-        w = tl.load(to_w + byte[None, :], mask=mask, other=0)
-        if GROUP < K:
-            step = tl.load(to_scale + (byte * EACH // GROUP)[None, :], mask=mask, other=0.0).to(tl.float32)
-        else:
-            step = 1.0
-        if BITS == 8:
-            value = tl.load(to_x + byte, mask=valid, other=0.0).to(tl.float32)
-            total += w.to(tl.float32) * (value[None, :] * step)
-        else:
-            both = tl.load(to_x + 2 * byte[:, None] + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0)
-            even, odd = tl.split(both.to(tl.float32))
-            wide = w.to(tl.int32)
-            total += (wide >> 4).to(tl.float32) * (even[None, :] * step)
-            total += ((wide << 28) >> 28).to(tl.float32) * (odd[None, :] * step)
-    result = tl.sum(total, 1)
-    if GROUP == K:
-        result *= tl.load(scale + column, mask=column < n, other=0.0).to(tl.float32)
-    tl.store(out + tl.program_id(1).to(tl.int64) * n + column, result, mask=column < n)
-
-
 FEW = 4  # rows of x that go one by one
-VECTOR_TILE = (8, 1024, 4)  # rows of the weight, packed columns, warps
-TILE = (16, 64, 64, 4)  # rows of x, rows of the weight, packed columns, warps
-WIDE_TILE = (64, 64, 64, 4)  # for many rows of x
+TILE = (16, 32, 128, 4)  # rows of x, rows of the weight, packed columns, warps
+WIDE_TILE = (64, 32, 64, 4)  # for many rows of x
 
 
 @operation("tiankong::quantised_matmul")
@@ -109,12 +86,8 @@ def _matmul(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
     m = x.numel() // columns
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     group = columns if scale.dim() == 1 else columns // scale.shape[1]
-    if 0 < m <= FEW and n:
-        bn, bk, warps = VECTOR_TILE
-        bk = min(bk, triton.next_power_of_2(columns * bits // 8))
-        _vector_kernel[(triton.cdiv(n, bn), m)](
-            x.contiguous(), packed, scale, out, n, K=columns, GROUP=group, BITS=bits, BN=bn, BK=bk, num_warps=warps
-        )
+    if 0 < m <= FEW and n and fits(x, packed, group, bits):
+        multiply(x, packed, scale, out, group, bits)
     elif m and n:
         bm, bn, bk, warps = TILE if m <= 32 else WIDE_TILE
         bk = max(16, min(bk, triton.next_power_of_2(group * bits // 8)))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.shared_triton import keep_run, keep_tile
+from kernels.shared_triton import keep_run, keep_tile, let_next_start, wait_for_last
 
 
 @triton.jit
@@ -62,8 +62,10 @@ def forward_kernel(
     alpha, eps, keep_scale,
     H: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HAS_F: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr, RMS: tl.constexpr, WANT_SUM: tl.constexpr, THRESHOLD: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     for index in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.full([], 0, tl.int64) + index  # int64 offsets; plain in the interpreter too
         sample, element = row * 0, row * 0

@@ -16,7 +16,7 @@ from kernels.operation import operation
 from kernels.random import Dropout, active
 from kernels.residual_norm import check
 from kernels.residual_norm_kernels import backward_kernel, column_kernel, forward_kernel
-from kernels.shared_triton import column_sums, multiprocessors, pieces
+from kernels.shared_triton import column_sums, multiprocessors, pieces, starts_early
 
 WIDE = 8192  # rows longer than this take their column sums from column_kernel
 WIDE_ROWS = (16, 8)  # warps a program, programs a multiprocessor of the row kernel there
@@ -68,12 +68,13 @@ def _forward(
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     warps, each, stages = launch_shape(hidden, backward=False)
     positions = x.shape[-2] if x.dim() > 1 else 1
+    early = starts_early(x.device, rows)
     if rows:
         forward_kernel[(min(rows, each * multiprocessors(x.device)),)](
             x, f, bias, weight, norm_bias, samples, out, sums, mean, rstd, rows, positions, first_position, key,
             alpha, eps, 1.0 / (1.0 - probability),
             HAS_SHIFT=norm_bias is not None, **_options(hidden, f, bias, rms, want_sum, probability),
-            STAGES=stages, num_warps=warps,
+            STAGES=stages, EARLY=early, num_warps=warps, launch_pdl=early,
         )  # fmt: skip
     return out, sums, mean, rstd
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.operation import operation
 from kernels.rotary import check, rotary_frequencies
-from kernels.shared_triton import column_sums, multiprocessors
+from kernels.shared_triton import column_sums, let_next_start, multiprocessors, starts_early, wait_for_last
 
 TILE_TOKENS = 4
 TILE_COLUMNS = 1024  # heads a program · head_dim
@@ -33,9 +33,11 @@ def _kernel(
     HEADS: tl.constexpr, D: tl.constexpr, PERIOD: tl.constexpr, TURNED: tl.constexpr, PAIRS: tl.constexpr,
     AXIS_PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FP16: tl.constexpr, HAS_BIAS: tl.constexpr,
     BACKWARD: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Tiles [T tokens, HB heads, P pairs]; part: float32 [ranges, HEADS · D], column sums of the backward."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
     head = tl.program_id(0) * HB + tl.arange(0, HB)
     pair = tl.arange(0, P)
     axis = pair // AXIS_PAIRS
@@ -138,6 +140,7 @@ def _launch(
     tokens_each = triton.cdiv(triton.cdiv(tokens, ranges), TILE_TOKENS) * TILE_TOKENS
     ranges = triton.cdiv(tokens, tokens_each) if tokens else 0
     sums = has_bias and backward
+    early = starts_early(x.device, tokens)
     part = torch.empty(max(1, ranges), 1, heads * dim, dtype=torch.float32, device=x.device) if sums else x.new_empty(0)
     if tokens:
         _kernel[(blocks, ranges)](
@@ -148,7 +151,7 @@ def _launch(
             INTERLEAVED=interleaved, FP16=fp16_angles, HAS_BIAS=has_bias, BACKWARD=backward,
             T=TILE_TOKENS, HB=block_heads, P=triton.next_power_of_2(pairs),
             REST=0 if dim == rotary_dim else triton.next_power_of_2(dim - rotary_dim),
-            STAGES=STAGES, num_warps=WARPS,
+            STAGES=STAGES, EARLY=early, num_warps=WARPS, launch_pdl=early,
         )  # fmt: skip
     elif sums:
         part.zero_()

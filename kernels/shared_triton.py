@@ -11,6 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+SHORT_ROWS = 64  # of a kernel that takes hardly longer than its launch
 
 
 @triton.jit
@@ -92,3 +95,30 @@ def pieces(width: int) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 2 in the interpreter, so that programs loop there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def starts_early(device: torch.device, rows: int) -> bool:
+    """Whether a kernel over so few rows may start while the one before it ends (Hopper and later): a step of decoding
+    is hundreds of kernels that take hardly longer than their launch.
+
+    Such a kernel is launched with `launch_pdl=True` (programmatic dependent launch) and calls `let_next_start`. It may
+    then read what no kernel writes (weights), and has to `wait_for_last` before it touches anything else.
+    """
+    if rows > SHORT_ROWS or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def let_next_start(EARLY: tl.constexpr):
+    """The next kernel may start once all programs of this one have; EARLY as `starts_early` says."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(EARLY: tl.constexpr):
+    """Wait until the kernels before this one are done and what they wrote can be read."""
+    if EARLY:
+        gdc_wait()

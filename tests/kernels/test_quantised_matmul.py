@@ -13,7 +13,7 @@ from kernels.quantised_weight import dequantise, quantise
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.gpu if CUDA else pytest.mark.unit
-# up to four rows of x take another kernel than more of them
+# up to four rows of 16-bit x take another kernel than more of them
 SHAPES = [((3, 64), 40, None), ((2, 5, 96), 33, None), ((1, 160), 70, 32), ((37, 128), 64, 16), ((0, 32), 8, None)]
 SHAPES += [((7, 160), 70, 32), ((2, 2600), 5, None)]
 
@@ -60,6 +60,14 @@ if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a pr
         assert found.shape == wanted.shape
         error = (found.double().cpu() - wanted).square().sum().sqrt()
         assert error <= TOLERANCE[dtype] * wanted.square().sum().sqrt()
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    @pytest.mark.parametrize("group", [None, 32])
+    def test_the_kernel_for_few_rows_takes_bfloat16_bits_apart(group, bits):
+        """In the interpreter too, whose stores cut bfloat16 off in place of rounding it."""
+        x, packed, scale, wanted = case((3, 2080), 19, bits, group, torch.bfloat16)
+        found = quantised_matmul(*(part.to(DEVICE) for part in (x, packed, scale)), bits=bits)
+        assert (found.double().cpu() - wanted).norm() <= 2.0**-7 * wanted.norm()
 
     def test_the_kernel_refuses_groups_that_split_a_byte():
         packed = torch.zeros(4, 15, dtype=torch.int8, device=DEVICE)
