@@ -254,8 +254,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, compilation among them (default 2)")
     parser.add_argument("--budget", type=float, default=525, help="seconds for everything (default 525)")
     parser.add_argument("--timeout", type=float, default=110, help="seconds a row may take (default 110)")
-    parser.add_argument("--output", type=Path, default=FOLDER)
-    return parser.parse_args(words)
+    parser.add_argument("--output", type=Path, help="folder of the tables (default: the committed ones', unless --toy)")
+    options = parser.parse_args(words)
+    options.output = options.output or (Path("runs/parallel_toy") if options.toy else FOLDER)
+    return options
 
 
 # ---- parity ----

@@ -61,6 +61,7 @@ TABLES = {
     "step/graphs.csv": "anchor",
     "step/graphs_small.csv": "text",
     "parallel/speed.csv": "",
+    "parallel/speed_second.csv": "",
 }
 """Whose rows say no shape have this one."""
 PARALLEL = {row.name: row for row in SPEED["3b"] if not row.peer}

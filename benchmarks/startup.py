@@ -4,8 +4,8 @@
     python -m benchmarks.startup hang DATASET [--processes 2] [train overrides …]
 
 phases: two starts of `python -m launch cluster=local` with two steps each; the first compiles the kernels into an empty
-cache, the second finds them there. hang: a run under the supervisor, in which the last rank's loader hangs; the job is found
-to hang and goes on. The events and the files in stacks/, NCCL's flight recorder among them, are listed. Prints JSON.
+cache, the second finds them there. hang: a run under the supervisor in which the last rank's loader hangs; the job is
+found to hang and goes on. The events and the files in stacks/, those of NCCL's flight recorder too, are listed. JSON.
 """
 
 import argparse
