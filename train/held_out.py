@@ -19,7 +19,6 @@ from data_prep.dataset import Dataset
 from data_prep.errors import ConfigError, DataError
 from data_prep.manifest import FILE
 from data_prep.packing import PackPlan
-from data_prep.prepare import prepare
 from data_prep.samples import Sampler
 from train.checkpoint.model import Trained
 from train.one_way import OneWaySampler
@@ -98,6 +97,9 @@ def held_out(
 
 def _prepared(folder: Path, sources: list[Any], trained: Trained) -> Dataset:
     """A temporary dataset of files, all of it in the split `test`."""
+    # Here, so that a prepared folder is evaluated without datatrove and its executors.
+    from data_prep.prepare import prepare
+
     data = trained.config.data
     settings = DataConfig(
         path=str(folder),

@@ -4,6 +4,8 @@ import gzip
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,13 @@ def test_an_accelerator_gives_the_cpus_loss(trained, tiny_run, tiny_dataset):
     found = evaluate.evaluate(load_trained(tiny_run, torch.device("cuda")), sampler, 16, 8)
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
     assert found["targets"] == wanted["targets"]
+
+
+def test_a_prepared_folder_needs_no_pipeline():
+    """A machine that only trains and evaluates has neither datatrove nor what its executors bring."""
+    blocked = "sys.modules.update(dict.fromkeys(['datatrove', 'multiprocess', 'datasets', 'ray']))"
+    done = subprocess.run([sys.executable, "-c", f"import sys; {blocked}; import train.evaluate"], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_the_output_holds_what_it_should(tiny_run, tiny_dataset, tmp_path, capsys):
