@@ -91,7 +91,7 @@ def _vector_kernel(
     to_x = x + tl.program_id(1).to(tl.int64) * (K // 4) + lane * (EACH // 4)
     ahead = (_words(to_w, row_mask, lane, 0, WORDS),)
     for chunk in tl.static_range(1, AHEAD):
-        ahead += (_words(to_w, row_mask, lane, chunk, WORDS),)
+        ahead += (_words(to_w, row_mask, lane, chunk, WORDS),)  # type: ignore[assignment]
     wait_for_last(EARLY)
     high = tl.zeros([BN, 32], tl.float32)
     low = tl.zeros([BN, 32], tl.float32)
@@ -100,9 +100,9 @@ def _vector_kernel(
     total = tl.zeros([BN, 32], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         word = ahead[0]
-        ahead = ahead[1:]
+        ahead = ahead[1:]  # type: ignore[assignment]
         if chunk + AHEAD < CHUNKS:
-            ahead += (_words(to_w, row_mask, lane, chunk + AHEAD, WORDS),)
+            ahead += (_words(to_w, row_mask, lane, chunk + AHEAD, WORDS),)  # type: ignore[assignment]
         four = _four(to_x + chunk * (8 * EACH), lane, chunk, WORDS)
         if BITS == 4:
             other = _four(to_x + chunk * (8 * EACH) + 1, lane, chunk, WORDS)
