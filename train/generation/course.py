@@ -64,8 +64,8 @@ class Course:
         self._here = self._table[self._place]
         self.picked = torch.zeros_like(self._texts)
         """What the last step picked for each text, int64 [texts]; without meaning where nothing was asked."""
-        decoder.fed[:, 0] = torch.tensor([form.openings[0].first for form in forms], device=device)
-        decoder.fed[:, 1:] = self._here[:, POSITIONS]
+        decoder.tokens.copy_(torch.tensor([form.openings[0].first for form in forms]))
+        decoder.positions, decoder.grows = self._here[:, POSITIONS], self._here[:, GROWS]
 
     def start(self) -> Callable[[], None]:
         """The function that takes all texts one step on."""
@@ -76,11 +76,10 @@ class Course:
         allow(logits, self._tokenizer, here[:, STOPS])
         token = pick(logits, self._decoding, self._texts, self._drawn)
         self.picked.copy_(token)
-        settled = here[:, SETTLED]
-        leaves = (token[:, None] == here[:, STOPS]).any(1) | settled.bool()
-        self._drawn += 1 - settled
-        self._decoder.fed[:, 0] = torch.where(leaves, here[:, NEXT_TOKEN], token)
-        torch.where(leaves, here[:, NEXT_PLACE], self._place + 1, out=self._place)
-        torch.index_select(self._table, 0, self._place, out=self._here)
-        self._decoder.fed[:, 1:] = self._here[:, POSITIONS]
-        self._decoder.grows.copy_(self._here[:, GROWS])
+        leaves = (token[:, None] == here[:, STOPS]).any(1).logical_or_(here[:, SETTLED])
+        if self._decoding.temperature:
+            self._drawn += 1 - here[:, SETTLED]
+        torch.where(leaves, here[:, NEXT_TOKEN], token, out=self._decoder.tokens)
+        self._place += 1
+        torch.where(leaves, here[:, NEXT_PLACE], self._place, out=self._place)
+        torch.index_select(self._table, 0, self._place, out=here)

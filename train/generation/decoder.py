@@ -3,7 +3,7 @@
     decoder = Decoder(model, rows=2, slots=128)
     decoder.begin([context_a, context_b])            # contexts of any length, each seeing all of itself
     logits = decoder.step(tokens, positions)         # one token a row -> fp32 [rows, vocabulary]
-    run = decoder.loop(choose, state)                # or: run() feeds what choose(logits) decided on the device
+    run = decoder.loop(choose, state)                # or: run() feeds what choose(logits) wrote to `tokens`
 
 A step has the same shapes each time (tokens [rows, 1], the whole cache) and its tensors stay where they are, so on a
 GPU it is captured once and replayed as one graph: launching some hundred small kernels would take longer than running
@@ -41,8 +41,9 @@ class Decoder:
         self._sample_index = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.grows = torch.ones(rows, dtype=torch.int64, device=self.device)
         """1, or 0 for a row whose next token does not count: the one after it takes the same slot."""
-        self.fed = torch.zeros(rows, 3, dtype=torch.int64, device=self.device)
-        """Token and both positions of each row of the next step."""
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        """What the next step feeds, a token a row."""
+        self.positions = torch.zeros(rows, 2, dtype=torch.int64, device=self.device)
         self._offsets = torch.tensor([1, 0], device=self.device)
         self._meta = torch.zeros(rows, 5, 1, dtype=torch.int32, device=self.device)
         self._captures = mesh.tensor == 1
@@ -73,17 +74,18 @@ class Decoder:
         tokens: int64 [rows]. positions: int64 [rows, 2], as a batch has them. Returns fp32 [rows, padded vocabulary],
         which the next step may write over.
         """
-        self.fed[:, 0] = tokens
-        self.fed[:, 1:] = positions
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
         if self._run is None:
             self._run = self._captured(self._advance, ())
         return self._run()
 
     @torch.no_grad()
     def loop(self, choose: Callable[[Tensor], None], state: Sequence[Tensor]) -> Callable[[], None]:
-        """A function that feeds `fed`, then calls choose(logits), which writes the next `fed` and `grows`.
+        """A function that feeds `tokens` and then calls choose(logits), which writes the next ones.
 
         choose: works on the device alone, on tensors that stay where they are; state: those of them that it changes.
+        `positions` and `grows` may be some of these, put in the place of the decoder's own before.
         """
         return self._captured(lambda: choose(self._advance()), state)
 
@@ -110,7 +112,7 @@ class Decoder:
         """`function`, as one graph where there are graphs; what it changes is as it was before."""
         if not self._captures:
             return function
-        changed = (self.lengths, self.fed, self.grows, *state)
+        changed = (self.lengths, self.tokens, *state)
         kept = [tensor.clone() for tensor in changed]
         run = backend.capture(function)
         # Capturing ran it once.
@@ -121,10 +123,10 @@ class Decoder:
     @torch.no_grad()
     def _advance(self) -> Tensor:
         # As the layers want it, so that none of them has to convert: positions, from slot 0, up to its own.
-        self._meta[:, :2, 0] = self.fed[:, 1:]
+        self._meta[:, :2, 0] = self.positions
         torch.add(self.lengths[:, None], self._offsets, out=self._meta[:, 3:, 0])
         with self.cache.attached():
-            logits = self._forward(self.fed[:, :1], self._meta)
+            logits = self._forward(self.tokens[:, None], self._meta)
         self.lengths += self.grows
         return logits
 
