@@ -22,6 +22,8 @@ def differing_replicas(engine: Engine) -> str | None:
     ZeRO-3 every parameter over the data-parallel ranks; a tied table over the first and the last stage.
     """
     mesh = engine.mesh
+    if mesh.world == 1:
+        return None
     found = list(named_layouts(engine.model.parameters()))
     digests = torch.stack([_digest(engine, parameter) for _, parameter in found])
     tied = engine.model.tied_weight()

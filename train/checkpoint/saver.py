@@ -73,11 +73,13 @@ class Saver:
         where this save's folder cannot be made or the save before it failed.
         """
         begun = time.perf_counter()
-        if self.finish() and self.config.asynchronous and self.engine.mesh.rank == 0:
+        waits = self.finish() and self.config.asynchronous
+        waited = time.perf_counter() - begun
+        if waits and waited > 0.5 and self.engine.mesh.rank == 0:
             logger.warning(
                 "step %d waited %.1f s for the save before it: the disk is slower than saving.every_steps=%d wants",
                 state["step"],
-                time.perf_counter() - begun,
+                waited,
                 self.config.every_steps,
             )
         self._state = state
