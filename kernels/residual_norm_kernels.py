@@ -44,6 +44,23 @@ def _piece(
 
 
 @triton.jit
+def sum_kernel(
+    x, f, bias, out, size, alpha,
+    H: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """α·x + f + bias of `size` elements, rows of H one after the other."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    branch = tl.load(f + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        branch += tl.load(bias + at % H, mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * alpha + branch
+    tl.store(out + at, total, mask=mask)
+
+
+@triton.jit
 def _normed(
     total, mean, rstd, weight, norm_bias,
     START: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, HAS_SHIFT: tl.constexpr,

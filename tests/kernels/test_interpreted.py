@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_decode_attention.py", "test_quantised_matmul.py")
+FILES = ("test_decode_attention.py", "test_quantised_matmul.py", "test_residual_sum.py")
 
 
 @pytest.mark.unit

@@ -324,6 +324,9 @@ class PreNormLayer(Layer):
         )
         branch, bias = _normed(self.ffn_norm, self._kept("ffn", self.ffn, middle), self.ffn.second_bias)
         (bias,) = self.context.replicated(bias)
+        if self.attention.cache is not None:  # generation: no gradient, no dropout
+            total: Tensor = self.context.ops.residual_norm(hidden, branch, bias, None, None)
+            return total
         return _add(hidden, branch, bias, self._drop("ffn", hidden, sample_index))
 
 
