@@ -66,7 +66,7 @@ WEIGHTS: dict[tuple[str, int], tuple[str | None, ...]] = {
 """What is measured of a form at a batch size, other sizes as 64; None: `--dtype`."""
 
 
-CHECK_SECONDS = 75.0
+CHECK_SECONDS = 100.0
 SHOWN = 40
 """Last lines of a check that are shown."""
 
