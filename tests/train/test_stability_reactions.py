@@ -43,23 +43,25 @@ def test_the_detector_is_a_window_of_plain_statistics() -> None:
     for step in range(120):
         loss, norm = 5 + generator.gauss(0, 0.1), math.exp(generator.gauss(0, 0.2))
         loss += 3.0 if step in (50, 51) else 0.0
-        norm *= 50.0 if step == 80 else 1.0
+        # Fifty times the usual norm is a batch, five thousand times a fault.
+        norm *= {70: 50.0, 80: 5000.0}.get(step, 1.0)
         # Each of these alone could be noise.
-        norm = math.exp(1.1) if step in (110, 111, 112) else norm
+        norm = math.exp(1.6) if step in (110, 111, 112) else norm
         loss = math.inf if step == 100 else loss
         # A third as many different pieces, and later three quarters: a change of the mixture.
         repeats = others.gauss(1, 0.01) + (math.log(3) if step == 90 else math.log(4 / 3) if step > 105 else 0)
         score, three = ours.see(*torch.tensor([loss, norm, repeats], dtype=torch.float64)).tolist()
         for number, x in enumerate((loss, math.log(norm), repeats)):
-            floor = SMALLEST_DEVIATION if number < 2 else math.log(2) / sigma
+            floor = (SMALLEST_DEVIATION, math.log(1000) / sigma, math.log(2) / sigma)[number]
             known = [value for value in held[number][-window:] if not math.isnan(value)]
-            wanted, limit = 0.0, math.inf
+            wanted, plain, limit = 0.0, 0.0, math.inf
             if step >= window / 2:
-                mean, deviation = statistics.fmean(known), max(statistics.pstdev(known), floor)
-                wanted, limit = (x - mean) / deviation, mean + sigma * deviation
+                mean, deviation = statistics.fmean(known), max(statistics.pstdev(known), SMALLEST_DEVIATION)
+                wanted, plain = (x - mean) / max(deviation, floor), (x - mean) / deviation
+                limit = mean + sigma * deviation
             assert score[number] == pytest.approx(wanted if math.isfinite(x) else math.inf, rel=1e-5, abs=1e-6)
             held[number].append(min(x, limit) if math.isfinite(x) else math.nan)
-            counted[number].append(min(wanted, sigma) if math.isfinite(x) else 0.0)
+            counted[number].append(min(plain, sigma) if math.isfinite(x) else 0.0)
             smallest = min([0, 0, *counted[number]][-3:]) if number < 2 else 0.0
             assert three[number] == pytest.approx(math.sqrt(3) * smallest, rel=1e-5, abs=1e-6)
         if max(score) > sigma:
@@ -175,7 +177,7 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
         "stability.embedding_gradient_shrink=0.8",
         "stability.reactions=[roll_back,lower_lr]",
         "stability.rewarm_samples=8",
-        "stability.spike_sigma=3.5",
+        "stability.spike_sigma=2.3",
         "stability.roll_back_margin_steps=2",
         f"stability.events=[{','.join(acts)}]",
         "optimizer.clip_kind=zclip",

@@ -1,9 +1,10 @@
 """What a spike is, told on the device without a wait.
 
 A window holds the losses and the logarithms of the gradient norms of the last `spike_window` steps. Step t is a spike
-if either is not finite, or lies more than `spike_sigma` deviations over the window's mean, once the window is half
-full. The logarithm, since gradient norms have a heavy upper tail. So is the third step in a row that lies more than
-`spike_sigma` / √3 (3.5) over it, for noise does not last.
+if either is not finite, or its loss lies more than `spike_sigma` deviations over the window's mean, once the window is
+half full. So is the third step in a row that lies more than `spike_sigma` / √3 (3.5) over it in either, for noise does
+not last. A gradient norm alone in one step is a spike only at a thousand times its mean: healthy runs have norms of ten
+and a hundred times it now and then, which the clip takes care of, and a flipped bit makes far more.
 
 Text that says one thing over and over hardly moves a young model's loss, and its gradient norm by a few deviations, so
 the text itself is watched too: a step whose sequences hold fewer than half as many different pieces as the window's,
@@ -27,6 +28,8 @@ SMALLEST_DEVIATION = 1e-3
 """A window of nearly equal values must not call rounding a spike: nats, or a thousandth of the gradient norm."""
 FEWER = math.log(2)
 """What repetition must exceed its mean by: half as many different pieces."""
+ALONE = math.log(1000)
+"""What the logarithm of a gradient norm must exceed its mean by where it is high in one step only."""
 LASTING = 3
 """Steps in a row that are a spike together."""
 
@@ -40,13 +43,15 @@ class Detector:
         self.recent = torch.zeros((len(SIGNALS), LASTING - 1), dtype=torch.float64, device=device)
         """Deviations of the last steps, none above sigma; 0 for what was not finite."""
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
-        floors = [SMALLEST_DEVIATION, SMALLEST_DEVIATION, FEWER / sigma]
+        floors = [SMALLEST_DEVIATION, ALONE / sigma, FEWER / sigma]
         self._floors = torch.tensor(floors, dtype=torch.float64, device=device)
+        """Deviations that count at least, for one step."""
         self._may_last = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, device=device)
 
     def see(self, loss: Tensor, grad_norm: Tensor, repetition: Tensor) -> Tensor:
-        """Deviations over the window's mean, float64 [2, 3]: of this step, and √3 times the smallest of the last three;
-        each of loss, log of the gradient norm, and repetition. inf for what is not finite.
+        """Deviations over the window's mean, float64 [2, 3]: of this step, with a deviation that is at least a sixth
+        (1 / sigma) of `ALONE` or `FEWER`, and √3 times the smallest of the last three; each of loss, log of the
+        gradient norm, and repetition. inf for what is not finite.
 
         loss, grad_norm, repetition: float64 scalars on the window's device. 0 while the window is less than half full.
         """
@@ -56,15 +61,15 @@ class Detector:
         held = torch.where(known, self.values, 0.0)
         mean = held.sum(1) / count
         variance = torch.where(known, self.values - mean[:, None], 0.0).square().sum(1) / count
-        deviation = torch.maximum(variance.sqrt(), self._floors)
+        deviation = variance.sqrt().clamp(min=SMALLEST_DEVIATION)
         ready = self.steps * 2 >= self.values.shape[1]
-        score = torch.where(ready, (x - mean) / deviation, 0.0)
-        score = torch.where(x.isfinite(), score, torch.inf)
+        over = torch.where(ready, x - mean, 0.0)
+        score = torch.where(x.isfinite(), over / torch.maximum(deviation, self._floors), torch.inf)
         limit = torch.where(ready, mean + self.sigma * deviation, torch.inf)
         entering = torch.where(x.isfinite(), torch.minimum(x, limit), torch.nan)
         self.values = torch.cat((self.values[:, 1:], entering[:, None]), 1)
         self.steps += 1
-        counted = torch.where(x.isfinite(), score.clamp(max=self.sigma), 0.0)
+        counted = torch.where(x.isfinite(), (over / deviation).clamp(max=self.sigma), 0.0)
         lasting = torch.minimum(self.recent.amin(1), counted) * math.sqrt(LASTING) * self._may_last
         self.recent = torch.cat((self.recent[:, 1:], counted[:, None]), 1)
         return torch.stack((score, lasting))
