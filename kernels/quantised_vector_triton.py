@@ -28,7 +28,7 @@ from kernels.shared_triton import let_next_start, starts_early, wait_for_last
 
 ONE = 0x3F800000  # the bits of 1 in float32
 UPPER, LOWER = 1 << 22, 1 << 18  # sign bits: of INT8 and of INT4's even columns, of INT4's odd columns
-TILE = (8, 2, 8)  # rows of the weight a program, warps, words a lane and row that are on their way
+TILE = (8, 2, 12)  # rows of the weight a program, warps, words a lane and row that are on their way
 
 
 @triton.jit
