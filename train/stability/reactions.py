@@ -195,10 +195,9 @@ class Reactions:
 def _seen(name: str, value: float, scores: list[float], sigma: float) -> str:
     """What the detector saw in a step. scores: the step's, and that of the steps in a row."""
     score, lasting = scores
-    told = f"{name} {value:.4g} is {score:.1f} deviations over its mean"
     if score > sigma:
-        return told
-    return f"{told}, the last {LASTING} steps all at least {lasting / math.sqrt(LASTING):.1f}"
+        return f"{name} {value:.4g} is {score:.1f} deviations over its mean"
+    return f"{name} {value:.4g} after {LASTING} steps at least {lasting / math.sqrt(LASTING):.1f} deviations over its mean"
 
 
 def _event(name: str, step: int, consumed: int, kind: str, seen: str, acts: list[Act]) -> Event:
