@@ -197,7 +197,8 @@ def _seen(name: str, value: float, scores: list[float], sigma: float) -> str:
     score, lasting = scores
     if score > sigma:
         return f"{name} {value:.4g} is {score:.1f} deviations over its mean"
-    return f"{name} {value:.4g} after {LASTING} steps at least {lasting / math.sqrt(LASTING):.1f} deviations over its mean"
+    least = lasting / math.sqrt(LASTING)
+    return f"{name} {value:.4g} after {LASTING} steps at least {least:.1f} deviations over its mean"
 
 
 def _event(name: str, step: int, consumed: int, kind: str, seen: str, acts: list[Act]) -> Event:
