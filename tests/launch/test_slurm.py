@@ -2,6 +2,8 @@
 
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,15 @@ def history(run_dir: Path) -> list[tuple[int, int]]:
     return [(line["step"], line["consumed_samples"]) for line in read_log(run_dir / "metrics.jsonl")]
 
 
-def test_a_job_is_stopped_by_its_time_limit_queued_again_and_finishes(tmp_path, tiny_overrides):
-    run_dir, folder = tmp_path / "run", tmp_path / "slurm"
-    folder.mkdir()
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Slurm's own folder, with a short name: a step's socket in it may have 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="slurm") as name:
+        yield Path(name)
+
+
+def test_a_job_is_stopped_by_its_time_limit_queued_again_and_finishes(tmp_path, folder, tiny_overrides):
+    run_dir = tmp_path / "run"
     words = [*tiny_overrides, f"global_batch_size={BATCH}", f"max_steps={STEPS}", f"run_dir={run_dir}"]
     words += ["cluster=slurm", "cluster.nodes=2", "cluster.processes=1", "cluster.gpus_per_node=null"]
     words += ["cluster.slurm.time=01:00:00", "cluster.slurm.save_seconds=20"]
