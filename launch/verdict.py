@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from train.heartbeat import PHASES
+
 SLOW_RATIO = 1.5
 """A rank is a straggler when its own time a step is so many times the median's …"""
 SLOW_SECONDS = 0.05
@@ -16,9 +18,8 @@ SLOW_SECONDS = 0.05
 LONGEST_REASON = 300
 """Characters of a rank's own words that go into the one sentence."""
 _FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
-_PHASES = ("imports", "rendezvous", "collectives", "checkpoint", "engine", "data", "step", "read", "validate", "save")
-_ORDER = {phase: number for number, phase in enumerate(_PHASES)}
-"""How far a rank is within a step (`train.heartbeat`), and before the first one."""
+_ORDER = {phase: number for number, phase in enumerate(PHASES)}
+"""How far a rank is within a step, and before the first one."""
 _STATES = {
     "stopped": "its process is stopped (SIGSTOP, or a debugger)",
     "tracing-stop": "its process is held by a debugger",

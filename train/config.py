@@ -266,7 +266,8 @@ class StabilityConfig:
     """What a spike leads to, any of warn, skip, roll_back, lower_lr, lower_shrink, reset_loss_scale, reset_optimizer;
     empty switches detection off."""
     spike_sigma: float = 6.0
-    """A spike is a loss or gradient norm more than so many deviations over the mean of the window before it."""
+    """A spike is a loss more than so many deviations over the mean of the window before it, or what lasts or is absurd:
+    docs/stability.md."""
     spike_window: int = 128
     """Steps of that window; nothing is called a spike before it holds half as many."""
     cooldown_steps: int = 20

@@ -37,6 +37,8 @@ FEWEST_BEATS = 20
 """… and the fewest that make one: two looks a second, each at a rank that computes or waits, count little at first."""
 _BYTES = 1024
 """Length of the file: written in place, it never needs another block of the disk."""
+PHASES = ("imports", "rendezvous", "collectives", "checkpoint", "engine", "data", "step", "read", "validate", "save")
+"""What a rank does, in the order of a start and of a step."""
 STACK_SIGNAL = signal.SIGURG
 """Has a rank write its stacks. Not SIGUSR1: LLVM takes that one over when Triton compiles its first kernel. A process
 that has not set up to be asked ignores it."""
@@ -53,7 +55,7 @@ class Beat:
     step: int
     """Steps done."""
     phase: str
-    """imports, rendezvous, collectives, checkpoint, engine, data, step, read, validate, save or ended."""
+    """One of `PHASES`, or ended."""
     collective: str | None
     """The collective that the rank is in, and the line that called it."""
     since: float

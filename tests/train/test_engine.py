@@ -22,6 +22,7 @@ from tests.train.parity import (
     plain_curve,
     start_engine,
 )
+from train import backend
 from train.cli import compose_train
 from train.labels import Labels, inputs
 from train.mesh import Mesh
@@ -93,6 +94,16 @@ def test_layers_run_through_graphs_change_nothing(world: int, layout: list[str])
     assert others[0] == plain
     losses = [[(numbers["loss"], numbers["grad_norm"]) for numbers in steps] for steps in (plain, others[1])]
     assert losses[1] == losses[0]
+
+
+def test_graphs_are_given_up_before_the_communicators_that_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    graph = mock.Mock(reset=lambda: said.append("graph given up"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: said.append("group destroyed"))
+    backend._graphs.add(graph)
+    backend.stop()
+    assert said == ["graph given up", "group destroyed"]
 
 
 @pytest.mark.parametrize("layout", [[], [TENSOR], [PIPELINE], ["parallel.zero_stage=2"], ["parallel.zero_stage=3"]])
