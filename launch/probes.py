@@ -8,7 +8,6 @@ import datetime
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import DataError
-from launch.facts import smi
+from launch.facts import free_port, smi
 
 MATMUL = 1024
 """Rows and columns of the matrices on a CPU; eight times as many, in bfloat16, on an accelerator."""
@@ -115,10 +114,7 @@ def inside(ranks: int) -> dict[str, float]:
 
     A process each, since a collective wants that. Raises RuntimeError with the last words of one that failed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "launch.probes", str(ranks), str(port)]
+    command = [sys.executable, "-m", "launch.probes", str(ranks), str(free_port())]
     processes = [
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
