@@ -6,6 +6,9 @@ A weight may carry `main_grad`, a float32 tensor of its shape. Operations that f
 and return no gradient of W: over the micro-batches of a step nothing is written in half precision, cast and added, and
 nothing is rounded before the sum (Megatron-LM calls it gradient accumulation fusion). Who sets `main_grad` empties it
 between steps. Without it W gets its gradient as ever.
+
+Where x is read by a residual too, two gradients of x meet. `linear_and_input` hands x on, so that the gradient that
+comes back by it is there when dy W is made, and the product adds it: x's gradient is rounded once, and written once.
 """
 
 from __future__ import annotations
@@ -53,6 +56,38 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dout @ weight if ctx.needs_input_grad[0] else None
         return dx, weight_gradient(x, dout, ctx.total) if ctx.needs_input_grad[1] else None
+
+
+class _LinearAndInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.total = main_grad(weight)
+        ctx.set_materialize_grads(False)
+        return F.linear(x, weight), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dpassed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0] and dpassed is None:
+            dx = dout @ weight
+        elif ctx.needs_input_grad[0] and dpassed is not None:
+            dx = dpassed.contiguous()
+            dx.view(-1, dx.shape[-1]).addmm_(dout.flatten(0, -2), weight)
+        return dx, weight_gradient(x, dout, ctx.total) if ctx.needs_input_grad[1] else None
+
+
+def linear_and_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear(x, weight)`, and x [..., in] for who reads it next: the product adds its gradient of x to that reader's.
+
+    It adds in place: the reader must make its gradient of x anew, as `residual_norm` does for every alpha but 1, and
+    nothing may keep it. A weight without `main_grad` gets a product as ever, and x is handed back itself.
+    """
+    if main_grad(weight) is None or not torch.is_grad_enabled():
+        return F.linear(x, weight), x
+    result: tuple[Tensor, Tensor] = _LinearAndInput.apply(x, weight)
+    return result
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

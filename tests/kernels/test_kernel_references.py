@@ -11,7 +11,7 @@ from kernels.bias_activation import KINDS as ACTIVATIONS
 from kernels.bias_activation import bias_activation
 from kernels.embedding import embedding
 from kernels.interval_attention import interval_attention, sdpa_attention, unfused_attention, unpack_heads
-from kernels.linear import linear
+from kernels.linear import linear, linear_and_input
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.random import Dropout, dropout_key, keep_attention, keep_hidden
 from kernels.residual_norm import residual_norm
@@ -321,6 +321,27 @@ def test_weight_gradients_are_summed_in_float32(dtype):
     assert torch.equal(x.grad, 2 * dx)
     assert error_ratio((weight.main_grad - 2.0) / 2, exact) < 1e-6
     assert error_ratio(dweight, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_adds_its_gradient_to_the_next_readers(dtype):
+    x, weight = leaf(3, 50, 8, seed=1, dtype=dtype), leaf(6, 8, seed=2, dtype=dtype)
+    dout, dnext = leaf(3, 50, 6, seed=3, dtype=dtype).detach(), leaf(3, 50, 8, seed=4, dtype=dtype).detach()
+    plain, same = linear_and_input(x, weight)
+    assert same is x
+    exact = 3.0 * dnext.double() + dout.double() @ weight.detach().double()
+    weight.main_grad = torch.zeros(weight.shape)
+    out, passed = linear_and_input(x, weight)
+    assert torch.equal(out, plain)
+    assert torch.equal(passed, x)
+    readers: list[int] = []
+    passed.register_hook(lambda gradient: readers.append(gradient.data_ptr()))
+    torch.autograd.backward([out, passed * 3.0], [dout, dnext])
+    assert error_ratio(x.grad, exact) < TOLERANCE[dtype]
+    assert x.grad.data_ptr() == readers[0]
+    x.grad = None
+    linear_and_input(x, weight)[0].backward(dout)  # nobody read what was handed on
+    assert error_ratio(x.grad, exact - 3.0 * dnext.double()) < TOLERANCE[dtype]
 
 
 def test_a_summed_table_takes_the_looked_up_rows_only():

@@ -160,9 +160,18 @@ class Context:
         """A bias or a norm's weight; None where the model has none."""
         return make_parameter(layout, self.mesh.device, value=value) if wanted else None
 
-    def column_parallel(self, x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
-        """x [B,S or share,in] times this rank's rows of each weight, [B,S,out / ranks] each."""
-        return column_parallel(x, *weights, group=self.mesh.tensor_group, sequence=self.sequence_parallel)
+    def column_parallel(self, x: Tensor, *weights: Weight) -> tuple[tuple[Tensor, ...], Tensor]:
+        """x [B,S or share,in] times this rank's rows of each weight, [B,S,out / ranks] each; and x for the residual.
+
+        With DeepNorm the residual is x times alpha, whose gradient is a tensor of its own, to which products may add.
+        """
+        return column_parallel(
+            x,
+            *weights,
+            group=self.mesh.tensor_group,
+            sequence=self.sequence_parallel,
+            handing_on=self.residual_scale != 1.0,
+        )
 
     def row_parallel(self, x: Tensor, weight: Weight) -> Tensor:
         """x [B,S,in / ranks] times this rank's columns, summed over the ranks: [B,S or share,out]."""

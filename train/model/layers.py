@@ -6,7 +6,7 @@ residual comes from the norm's output; a layer takes the normalised input and re
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,16 +99,16 @@ class Attention(nn.Module):
         own = self._own_groups(key.device)
         return key[:, own], value[:, own]
 
-    def forward(self, x: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
-        """x [B,S,H] -> the output product [B,S,H], its bias not yet added."""
+    def forward(self, x: Tensor, meta: Tensor, sample_index: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B,S,H] -> the output product [B,S,H], its bias not yet added; and x, for the residual."""
         positions, attend_from, attend_to = intervals(meta)
-        query, key, value = self._packed(x, positions) if self.packed else self._grouped(x, positions)
+        query, key, value, x = self._packed(x, positions) if self.packed else self._grouped(x, positions)
         context, step = self.context, self.context.ops.decode_attention
         if self.cache is not None and step is not None and x.shape[1] == 1:
             place = meta[:, 4].to(torch.int32)
             buffers = self.cache.buffers(key, value)
             out = step(query, key, value, *buffers, place, attend_from, attend_to, scale=context.attention_scale)
-            return context.row_parallel(out.flatten(2), self.dense_weight)
+            return context.row_parallel(out.flatten(2), self.dense_weight), x
         extra: dict[str, int] = {}
         if self.cache is not None:
             key, value = self.cache.extend(key, value, meta[:, 4])
@@ -140,26 +140,28 @@ class Attention(nn.Module):
         context.probe.note_logits(self.layer, max_logit)
         out = context.row_parallel(out.flatten(2), self.dense_weight)
         context.probe.note(f"layers.{self.layer}.attention", out)
-        return out
+        return out, x
 
-    def _packed(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _packed(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key and value [B,S,heads,D], and x."""
         dim = self.context.head_dim
-        (packed,) = self.context.column_parallel(x, self.qkv_weight)
+        (packed,), x = self.context.column_parallel(x, self.qkv_weight)
         packed = self._turned(packed.unflatten(2, (-1, dim)), self.qkv_bias, positions, query=True, pair=True)
-        return unpack_heads(packed.unflatten(2, (self.heads, 3)))
+        return *unpack_heads(packed.unflatten(2, (self.heads, 3))), x
 
-    def _grouped(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _grouped(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key and value [B,S,heads,D], and x."""
         dim = self.context.head_dim
         weight, bias = self.kv_weight, self.kv_bias
         if not self.kv_split:
             # All ranks compute all of these heads and each uses some: every rank has a part of the gradient.
             weight, bias = sum_gradients(self.context.mesh.tensor_group, weight, bias)
-        query, pair = self.context.column_parallel(x, self.query_weight, weight)
+        (query, pair), x = self.context.column_parallel(x, self.query_weight, weight)
         query = self._turned(query.unflatten(2, (-1, dim)), self.query_bias, positions, query=True, pair=False)
         pair = self._turned(pair.unflatten(2, (-1, dim)), bias, positions, query=False, pair=True)
         key, value = pair.unflatten(2, (self.kv_heads, 2)).unbind(3)
         own = self._own_groups(x.device)
-        return query, key[:, :, own], value[:, :, own]
+        return query, key[:, :, own], value[:, :, own], x
 
     def _own_groups(self, device: torch.device) -> slice | Tensor:
         """Which of the key-value heads held here the rank's own query heads read."""
@@ -229,13 +231,13 @@ class FeedForward(nn.Module):
         )
         self.second_bias = context.vector(Layout(f"{name}.dense_4h_to_h.bias", second[:1]), wanted=has_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B,S,H] -> the second product [B,S,H], its bias not yet added."""
-        (inner,) = self.context.column_parallel(x, self.first_weight)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B,S,H] -> the second product [B,S,H], its bias not yet added; and x, for the residual."""
+        (inner,), x = self.context.column_parallel(x, self.first_weight)
         inner = self.context.ops.bias_activation(inner, self.first_bias, kind=self.context.model.activation)
         out = self.context.row_parallel(inner, self.second_weight)
         self.context.probe.note(f"layers.{self.layer}.ffn", out)
-        return out
+        return out, x
 
 
 class Layer(nn.Module):
@@ -263,13 +265,12 @@ class Layer(nn.Module):
         """The layer's maths, [B,S,H] -> [B,S,H]."""
         raise NotImplementedError("PostNormLayer and PreNormLayer define it")
 
-    def _kept(self, part: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _kept(self, part: str, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """function(*inputs), of which the backward pass keeps the inputs alone where this part is recomputed."""
         if self.recomputed != part or not (self.training and torch.is_grad_enabled()):
             return function(*inputs)
         # Addressed dropout repeats itself, so there is no generator state to save.
-        result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return result
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def _drop(self, site: str, hidden: Tensor, sample_index: Tensor) -> Dropout | None:
         return self.context.hidden_dropout(self, self.index, site, hidden, sample_index)
@@ -288,7 +289,7 @@ class PostNormLayer(Layer):
 
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
         alpha = self.context.residual_scale
-        branch = self._kept("attention", self.attention, hidden, meta, sample_index)
+        branch, hidden = self._kept("attention", self.attention, hidden, meta, sample_index)
         middle = self.post_norm.after(
             hidden,
             branch,
@@ -296,7 +297,7 @@ class PostNormLayer(Layer):
             alpha=alpha,
             dropout=self._drop("attention_output", hidden, sample_index),
         )
-        branch = self._kept("ffn", self.ffn, middle)
+        branch, middle = self._kept("ffn", self.ffn, middle)
         return self.next_norm.after(
             middle, branch, self.ffn.second_bias, alpha=alpha, dropout=self._drop("ffn", hidden, sample_index)
         )
@@ -317,12 +318,13 @@ class PreNormLayer(Layer):
         self.ffn_norm = Norm(context, f"layers.{index}.mlp_output_norm") if second else None
 
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
-        branch = self._kept("attention", self.attention, self.input_norm(hidden), meta, sample_index)
+        branch, _ = self._kept("attention", self.attention, self.input_norm(hidden), meta, sample_index)
         branch, bias = _normed(self.attention_norm, branch, self.attention.dense_bias)
         middle, hidden = self.post_norm.after(
             hidden, branch, bias, dropout=self._drop("attention_output", hidden, sample_index), return_sum=True
         )
-        branch, bias = _normed(self.ffn_norm, self._kept("ffn", self.ffn, middle), self.ffn.second_bias)
+        branch, _ = self._kept("ffn", self.ffn, middle)
+        branch, bias = _normed(self.ffn_norm, branch, self.ffn.second_bias)
         (bias,) = self.context.replicated(bias)
         if self.attention.cache is not None:  # generation: no gradient, no dropout
             total: Tensor = self.context.ops.residual_norm(hidden, branch, bias, None, None)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear import linear, main_grad, weight_gradient
+from kernels.linear import linear, linear_and_input, main_grad, weight_gradient
 
 Weight = Tensor | nn.Module
 """A matrix, or what stands in for one when no gradient is wanted."""
@@ -140,15 +140,25 @@ def product(x: Tensor, weight: Weight) -> Tensor:
     return result
 
 
-def column_parallel(x: Tensor, *weights: Weight, group: Any, sequence: bool = False) -> tuple[Tensor, ...]:
-    """x times this rank's rows of each weight [out / ranks, in]: a [B,S,out / ranks] for each.
+def column_parallel(
+    x: Tensor, *weights: Weight, group: Any, sequence: bool = False, handing_on: bool = False
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """x times this rank's rows of each weight [out / ranks, in]: a [B,S,out / ranks] for each; and x again.
 
-    x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights.
+    x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights. handing_on:
+    whether the products may add their gradients of x to that reader's, in place (`kernels.linear.linear_and_input`).
     """
     if group is not None and all(isinstance(weight, Tensor | LowRank) for weight in weights):
-        return _with_ranks(x, weights, group, sequence)
+        return _with_ranks(x, weights, group, sequence), x
     whole = gather(x, group) if sequence else x
-    return tuple(product(whole, weight) for weight in weights)
+    results = []
+    for weight in weights:
+        if handing_on and group is None and isinstance(weight, Tensor):
+            result, whole = linear_and_input(whole, weight)
+        else:
+            result = product(whole, weight)
+        results.append(result)
+    return tuple(results), whole if group is None else x
 
 
 def _with_ranks(x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool) -> tuple[Tensor, ...]:
