@@ -8,8 +8,8 @@ ZeRO 1 in bf16 and is held to the pipeline engine that training uses. Host time 
 tensors are so small that it is what launching costs, which a fast device would have to hide.
 
 Products add their weight gradients to fp32 sums (`kernels.linear`); torch's way of splitting a backward pass, which
-asks autograd for the weights' gradients afterwards, finds none there. `Deferred` keeps what those products need until
-the weights' pass, which torch lets a stage bring (`dw_builder`).
+asks autograd for the weights' gradients afterwards, finds none there. `kernels.linear.Later` keeps what those products
+need until the weights' pass, which torch lets a stage bring (`dw_builder`).
 """
 
 import argparse
@@ -21,10 +21,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from benchmarks.schedules import SCHEDULES, rank_of
-from kernels import linear
+from kernels.linear import Later
 from tests.train import parity
 from train.cli import compose_train
 from train.config import Config
@@ -53,29 +53,6 @@ WORDS = [
     f"global_batch_size={BATCH}",
     f"parallel.pipeline_parallel={RANKS}",
 ]
-
-
-class Deferred:
-    """Weight gradients whose products wait for the weights' pass of their micro-batch."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def gradient(self, x: Tensor, dout: Tensor, total: Tensor | None) -> None:
-        """In place of `kernels.linear.weight_gradient`."""
-        assert total is not None
-        self._waiting.append((x, dout, total))
-
-    def take(self) -> Callable[[], None]:
-        """What the pass just done has left, to be computed when this is called."""
-        waiting, self._waiting = self._waiting, []
-
-        @torch.no_grad()
-        def run() -> None:
-            for x, dout, total in waiting:
-                linear.product32(dout.flatten(0, -2).t(), x.flatten(0, -2), total)
-
-        return run
 
 
 class _Stage(nn.Module):
@@ -100,13 +77,11 @@ class Pipeline:
             }
         for model in self.models.values():
             model.set_shrink(parity.SHRINK, 1.0)
-        self.deferred = Deferred()
+        self.later = Later()
         self.first, self.last = self.models.get(0), self.models.get(count - 1)
         self._labels: list[Labels] = []
         stages = [
-            PipelineStage(
-                _Stage(model), stage, count, mesh.device, group=mesh.pipeline_group, dw_builder=self.deferred.take
-            )
+            PipelineStage(_Stage(model), stage, count, mesh.device, group=mesh.pipeline_group, dw_builder=self._put_off)
             for stage, model in self.models.items()
         ]
         micro_batches = config.global_batch_size // config.micro_batch_size // mesh.data
@@ -116,6 +91,9 @@ class Pipeline:
             loss_fn=self._loss,
             scale_grads=False,
         )
+
+    def _put_off(self) -> Callable[[], None]:
+        return partial(self.later.run, self.later.take())
 
     def _loss(self, hidden: Tensor, number: Tensor) -> Tensor:
         assert self.last is not None
@@ -129,13 +107,14 @@ class Pipeline:
         state = tuple(torch.cat(parts) for parts in zip(*map(inputs, batches), strict=True))
         numbers = torch.arange(len(batches)).repeat_interleave(SIZE)
         losses: list[Tensor] = []
-        with mock.patch.object(linear, "weight_gradient", self.deferred.gradient):
-            self._schedule.step(
-                *(state if self.first is not None else ()),
-                target=numbers if self.last is not None else None,
-                losses=losses,
-                return_outputs=False,
-            )
+        for _, parameter in self.parameters():
+            parameter.main_grad.later = self.later  # type: ignore[attr-defined]
+        self._schedule.step(
+            *(state if self.first is not None else ()),
+            target=numbers if self.last is not None else None,
+            losses=losses,
+            return_outputs=False,
+        )
         return [float(loss.detach()) for loss in losses]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

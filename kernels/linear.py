@@ -7,6 +7,8 @@ and return no gradient of W: over the micro-batches of a step nothing is written
 nothing is rounded before the sum (Megatron-LM calls it gradient accumulation fusion). Who sets `main_grad` empties it
 between steps. Without it W gets its gradient as ever.
 
+`main_grad` may carry a `later`, a `Later`: dW is then left there, for a pipeline whose other stages do not wait for it.
+
 Where x is read by a residual too, two gradients of x meet. `linear_and_input` hands x on, so that the gradient that
 comes back by it is there when dy W is made, and the product adds it: x's gradient is rounded once, and written once.
 """
@@ -18,6 +20,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Later:
+    """Products of weight gradients that wait for their turn; the one who takes them runs them."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, x: Tensor, dout: Tensor, total: Tensor) -> None:
+        """Put doutᵀ x off, which is to be added to `total`."""
+        self._waiting.append((x, dout, total))
+
+    def take(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What was put off since the last call, in order."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    @staticmethod
+    @torch.no_grad()
+    def run(waiting: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Do what was taken."""
+        for x, dout, total in waiting:
+            product32(dout.t(), x, total)
 
 
 def main_grad(weight: Tensor) -> Tensor | None:
@@ -36,11 +61,15 @@ def product32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def weight_gradient(x: Tensor, dout: Tensor, total: Tensor | None) -> Tensor | None:
-    """doutᵀ x of x [..., in] and dout [..., out], in their dtype; with `total`, added to it, and None."""
+    """doutᵀ x of x [..., in] and dout [..., out], in their dtype; with `total`, added to it now or later, and None."""
     rows, drows = x.flatten(0, -2), dout.flatten(0, -2)
     if total is None:
         return drows.t() @ rows
-    product32(drows.t(), rows, total)
+    later: Later | None = getattr(total, "later", None)
+    if later is None:
+        product32(drows.t(), rows, total)
+    else:
+        later.add(rows, drows, total)
     return None
 
 

@@ -254,6 +254,24 @@ def make_mesh(config: Config) -> Mesh:
     return mesh
 
 
+def message_groups(mesh: Mesh) -> tuple[Any, Any]:
+    """Two more groups of this rank's pipeline, for messages forward and backward: each moves its own in their order.
+
+    All ranks call it together.
+    """
+    found: list[Any] = []
+    for _ in range(2):
+        for line in mesh.grid.topology().get_axis_comm_lists("pipe"):
+            options = None
+            if get_accelerator().communication_backend_name() == "nccl":
+                options = torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+                # A message that waits for its other end keeps so many of the device's processors from computing.
+                options.config.max_ctas = 4
+            group = torch.distributed.new_group(line, pg_options=options)
+            found += [group] if mesh.rank in line else []
+    return found[0], found[1]
+
+
 def _connect(mesh: Mesh) -> None:
     """A first collective in each group: they connect here, so that a link that does not work shows before the model."""
     world = torch.distributed.group.WORLD

@@ -43,6 +43,16 @@ class StageClock:
         finally:
             self._running = False
 
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Inside, this stage computes."""
+        if not self._running:
+            yield
+            return
+        first = self._mark()
+        yield
+        self._passes.append((first, self._mark()))
+
     def read(self) -> dict[str, float]:
         """Metrics of the last step, for which the device has been waited; all ranks call it together."""
         busy = sum(self._seconds(first, last) for first, last in self._passes)
@@ -52,12 +62,8 @@ class StageClock:
 
     def _watched(self, run: Callable[..., None]) -> Callable[..., None]:
         def timed(engine: Any, **settings: Any) -> None:
-            if not self._running:
-                return run(engine, **settings)
-            first = self._mark()
-            run(engine, **settings)
-            self._passes.append((first, self._mark()))
-            return None
+            with self.busy():
+                run(engine, **settings)
 
         return timed
 

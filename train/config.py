@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.activation": ("geglu", "swiglu", "gelu", "gelu_tanh"),
     "model.bias": ("all", "qkv", "none"),
     "model.init": ("xavier", "normal"),
+    "parallel.pipeline_schedule": ("1f1b", "zero_bubble"),
     "parallel.activation_checkpointing": ("none", "full", "attention", "ffn"),
     "schedule.kind": ("cosine", "linear", "constant"),
     "precision.dtype": ("fp32", "bf16", "fp16"),
@@ -122,10 +123,11 @@ class ParallelConfig:
     tensor_parallel: int = 1
     """Ranks that share each layer's matrices."""
     pipeline_parallel: int = 1
-    """Stages that share the list of layers; more than one means 1F1B and zero_stage <= 1."""
+    """Stages that share the list of layers; more than one means zero_stage <= 1."""
+    pipeline_schedule: str = "1f1b"
+    """1f1b; zero_bubble: weights' gradients are put off until a stage would wait (bf16, zero_stage 1), same numbers."""
     layers_per_stage: list[int] = field(default_factory=list)
-    """Layers of each pipeline stage, as `python -m train.balance` measures them; empty means that the embedding and the
-    head fill a layer's slot each."""
+    """Layers of each stage, as `python -m train.balance` measures them; empty: embedding and head count as one each."""
     sequence_parallel: bool = False
     """Give each tensor-parallel rank a share of the sequence between the matrix products: less memory for activations,
     the same traffic. sequence_length must divide by tensor_parallel."""

@@ -28,6 +28,7 @@ from train.optimizer import make_optimizer
 from train.out_of_memory import out_of_memory
 from train.progress import alive
 from train.stability.guard import FIELDS, Guard, Measured
+from train.zero_bubble import ZeroBubble
 
 
 @dataclass(frozen=True)
@@ -322,17 +323,26 @@ class PlainEngine(Engine):
 
 
 class PipelineEngine(Engine):
-    """Several stages: DeepSpeed's pipeline engine with its 1F1B schedule."""
+    """Several stages: DeepSpeed's pipeline engine, with its 1F1B schedule or `train.zero_bubble`."""
 
     def _make(self) -> tuple[Any, Any]:
         self._labels: deque[Labels] = deque()
         engine, model = backend.make_pipeline_engine(self.config, self.mesh, self._optimizer, self._loss)
         self.clock = StageClock(self.mesh, engine)
+        self.zero_bubble: ZeroBubble | None = None
+        if self.config.parallel.pipeline_schedule == "zero_bubble":
+            groups = backend.message_groups(self.mesh)
+            self.zero_bubble = ZeroBubble(engine, self.mesh, self.clock, groups, self.config)
         return engine, model
 
     def _train(self, batches: Sequence[Batch | None]) -> None:
         with self.clock.step(len(batches)):
-            self.deepspeed.train_batch(self._feed(batches))
+            if self.zero_bubble is None:
+                self.deepspeed.train_batch(self._feed(batches))
+            else:
+                if self.mesh.last_stage:
+                    self._labels.extend(Labels.of(batch).to(self.mesh.device) for batch in batches if batch is not None)
+                self.zero_bubble.step(batches)
 
     def waiting(self) -> dict[str, float]:
         return self.clock.read()

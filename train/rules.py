@@ -185,6 +185,14 @@ def _parallel(config: Config) -> None:
             f"{parallel.pipeline_parallel}; use parallel.zero_stage=1 or parallel.pipeline_parallel=1"
         )
 
+    if parallel.pipeline_schedule == "zero_bubble" and (
+        parallel.pipeline_parallel == 1 or parallel.zero_stage != 1 or config.precision.dtype != "bf16"
+    ):
+        raise ConfigError(
+            f"parallel.pipeline_schedule=zero_bubble needs several stages with gradients summed in place, but "
+            f"parallel.pipeline_parallel={parallel.pipeline_parallel}, parallel.zero_stage={parallel.zero_stage} and "
+            f"precision.dtype={config.precision.dtype}; use more than 1, 1 and bf16, or parallel.pipeline_schedule=1f1b"
+        )
     if parallel.cuda_graphs and (
         parallel.pipeline_parallel > 1 or parallel.zero_stage != 1 or config.precision.dtype != "bf16"
     ):

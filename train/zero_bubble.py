@@ -1,0 +1,164 @@
+"""A pipeline step whose stages wait less: zero bubble, ZB-H1 of arXiv 2401.10241, with one stage a rank.
+
+Only the gradient of a stage's input is awaited by the stage before it; that of its weights can be computed later, where
+the stage would wait. So a backward pass leaves the operands of each weight's product behind (`kernels.linear.Later`)
+and stage s computes them s micro-batches later: the last stages, which are done first, then have work until the first
+one is. With F, I and W for the three passes of a micro-batch, p stages wait (p-1)(F+I-W) where 1F1B's wait
+(p-1)(F+I+W). Every sum is added up in 1F1B's order, so the numbers are 1F1B's, bit by bit.
+
+Stages, parameters, optimizer and checkpoints are those of DeepSpeed's pipeline engine, and so is the end of the step;
+this module only runs the passes in another order, and never waits for a message before the pass that needs it.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.batch import Batch
+from kernels.linear import Later
+from train.bubble import StageClock
+from train.config import Config
+from train.labels import inputs
+from train.mesh import Mesh
+from train.model.build import DTYPES
+from train.model.context import State
+
+Pass = tuple[str, int]
+"""What to do (`forward`, `backward`: the gradient of the input, `weights`: that of the weights), and for which
+micro-batch."""
+
+
+def order(stage: int, stages: int, micro_batches: int, put_off: int) -> list[Pass]:
+    """A stage's passes: 1F1B's, its weights' gradients `put_off` micro-batches behind. ZB-H1: put_off = stage."""
+    ahead = min(stages - 1 - stage, micro_batches)
+    passes: list[Pass] = [("forward", number) for number in range(ahead)]
+    for number in range(micro_batches):
+        if number + ahead < micro_batches:
+            passes.append(("forward", number + ahead))
+        passes.append(("backward", number))
+        if number >= put_off:
+            passes.append(("weights", number - put_off))
+    return passes + [("weights", number) for number in range(max(0, micro_batches - put_off), micro_batches)]
+
+
+class ZeroBubble:
+    """One stage's passes over a global batch."""
+
+    def __init__(self, engine: Any, mesh: Mesh, clock: StageClock, groups: tuple[Any, Any], config: Config) -> None:
+        """engine: DeepSpeed's pipeline engine, in bf16 under ZeRO 1. groups: for states and for gradients on their way.
+
+        Each group is this rank's pipeline in the order of its stages.
+        """
+        self.mesh, self._engine, self._clock = mesh, engine, clock
+        self._forwards, self._backwards = groups
+        sequences, slots = config.micro_batch_size, config.sequence_length
+        share = slots // mesh.tensor if config.parallel.sequence_parallel else slots
+        self._shapes = [
+            ((sequences, share, config.model.hidden_size), DTYPES[config.precision.dtype]),
+            ((sequences, 4, slots), torch.int64),
+            ((sequences,), torch.int64),
+        ]
+        self.put_off = mesh.stage
+        self._later = Later()
+        self.active(True)
+        self._sent: deque[tuple[Any, Tensor]] = deque()
+
+    def active(self, wanted: bool) -> None:
+        """Whether products of weight gradients are put off at all."""
+        for group in self._engine.optimizer.bf16_groups:
+            for parameter in group:
+                parameter.main_grad.later = self._later if wanted else None
+
+    def step(self, batches: Sequence[Batch | None]) -> None:
+        """All passes of a step, then DeepSpeed's own reduction and update."""
+        self.passes(batches)
+        self._engine._exec_reduce_tied_grads()
+        self._engine._exec_reduce_grads()
+        self._engine._exec_optimizer_step()
+
+    def passes(self, batches: Sequence[Batch | None]) -> None:
+        """Forward and backward passes; the gradients are in their fp32 sums afterwards."""
+        self._engine.module.train()
+        # Copied before anything is queued: a copy from the host stands behind the device's queue.
+        self._states = [self._loaded(batch) for batch in batches]
+        self._live: dict[int, tuple[Tensor, Tensor]] = {}
+        self._put_off: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._arriving: dict[Pass, list[tuple[Any, Tensor]]] = {}
+        self._share = 1.0 / len(batches)
+        todo = order(self.mesh.stage, self.mesh.pipeline, len(batches), self.put_off)
+        self._receive(todo[0])
+        for number, (kind, micro_batch) in enumerate(todo):
+            # A message comes in while the pass before the one that needs it is under way, and not sooner: a receive
+            # that waits keeps a part of the device.
+            for following in todo[number + 1 : number + 2]:
+                self._receive(following)
+            getattr(self, f"_{kind}")(micro_batch)
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
+    def _loaded(self, batch: Batch | None) -> State | None:
+        if batch is None or not self.mesh.first_stage:
+            return None
+        tokens, meta, sample_index = (tensor.to(self.mesh.device, non_blocking=True) for tensor in inputs(batch))
+        return tokens, meta, sample_index
+
+    def _forward(self, number: int) -> None:
+        state = self._states[number] if self.mesh.first_stage else self._arrived(("forward", number))
+        assert state is not None
+        if not self.mesh.first_stage:
+            state[0].requires_grad_()
+        with self._clock.busy():
+            out = self._engine.module(tuple(state))
+        self._live[number] = state[0], out if self.mesh.last_stage else out[0]
+        if not self.mesh.last_stage:
+            self._send(self._forwards, self.mesh.stage + 1, *out)
+
+    def _backward(self, number: int) -> None:
+        entered, left = self._live.pop(number)
+        gradient = None if self.mesh.last_stage else self._arrived(("backward", number))[0]
+        optimizer = self._engine.optimizer
+        with self._clock.busy():
+            optimizer.clear_lp_grads()
+            if gradient is None:
+                (left * self._share).backward()
+            else:
+                left.backward(gradient)
+            optimizer.update_hp_grads()
+        if not self.mesh.first_stage:
+            assert entered.grad is not None
+            self._send(self._backwards, self.mesh.stage - 1, entered.grad)
+        self._put_off[number] = self._later.take()
+
+    def _weights(self, number: int) -> None:
+        with self._clock.busy():
+            self._later.run(self._put_off.pop(number))
+
+    def _receive(self, wanted: Pass) -> None:
+        """Begin to take in what a pass needs from another stage."""
+        kind, _ = wanted
+        if kind == "forward" and not self.mesh.first_stage:
+            shapes, group, source = self._shapes, self._forwards, self.mesh.stage - 1
+        elif kind == "backward" and not self.mesh.last_stage:
+            shapes, group, source = self._shapes[:1], self._backwards, self.mesh.stage + 1
+        else:
+            return
+        self._arriving[wanted] = [
+            (torch.distributed.irecv(buffer, group=group, group_src=source), buffer)
+            for buffer in (torch.empty(shape, dtype=dtype, device=self.mesh.device) for shape, dtype in shapes)
+        ]
+
+    def _arrived(self, wanted: Pass) -> list[Tensor]:
+        for work, _ in self._arriving[wanted]:
+            work.wait()  # on a GPU it is the device's queue that waits
+        return [buffer for _, buffer in self._arriving.pop(wanted)]
+
+    def _send(self, group: Any, stage: int, *tensors: Tensor) -> None:
+        """Begin to send; what has arrived meanwhile is let go of."""
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
+        for tensor in tensors:
+            whole = tensor.detach().contiguous()
+            self._sent.append((torch.distributed.isend(whole, group=group, group_dst=stage), whole))
