@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.errors import EXIT_DONE, EXIT_STOPPED
 from launch.crew import Crew
-from launch.verdict import Failure, Fault, RankView, lost_node, of_failures, of_hang, of_silence, stragglers
+from launch.verdict import Failure, Fault, RankView, lost_node, of_failures, of_hang, of_silence
 from launch.wire import Message
 from train.cluster import ClusterConfig
 
@@ -95,8 +95,8 @@ class Attempt:
     def _view(self, node: str, beat: Message) -> RankView:
         if beat["age"] is None:
             return RankView(node, beat["state"], None, time.monotonic() - self._began)
-        told: dict[str, Any] = {key: beat[key] for key in ("state", "age", "still", "step", "phase", "collective")}
-        return RankView(node=node, own_seconds=beat["own"], **told)
+        told: dict[str, Any] = {key: value for key, value in beat.items() if key != "rank"}
+        return RankView(node=node, **told)
 
     @staticmethod
     def _failure(node: str, message: Message) -> Failure:
@@ -181,11 +181,3 @@ class Attempt:
 
     def _last_step(self) -> int:
         return max((view.step for view, _ in self._views.values()), default=0)
-
-
-def slow_ranks(ranks: dict[int, RankView]) -> list[tuple[int, str]]:
-    """Ranks that hold the others up, each with a sentence."""
-    return [
-        (rank, f"rank {rank} on node {ranks[rank].node} needs {ratio:.1f} times the others' own time a step")
-        for rank, ratio in stragglers(ranks).items()
-    ]

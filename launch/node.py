@@ -216,7 +216,8 @@ class _Attempt:
                 told.append({"rank": rank, "state": state, "age": None})
                 continue
             now = time.time()
-            said = {"step": beat.step, "phase": beat.phase, "collective": beat.collective, "own": beat.own_seconds}
+            said = {"step": beat.step, "phase": beat.phase, "collective": beat.collective}
+            said |= {"own_seconds": beat.own_seconds, "gpu_speed": beat.gpu_speed}
             told.append({"rank": rank, "state": state, "age": now - beat.time, "still": now - beat.since, **said})
         return told
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from data_prep import cli
 from data_prep.errors import EXIT_DONE, ConfigError, DataError
 from launch.records import STATE_FILE, newest_checkpoint
-from launch.verdict import RankView, stragglers
+from launch.verdict import RankView, Straggler, stragglers
 from train.heartbeat import Beat, read_beats
 from train.observers import duration, number, short
 from train.run_folder import holds_run, read_json, read_log
@@ -89,8 +89,12 @@ class Status:
     def health(self) -> dict[int, str]:
         """`ok`, or what is wrong, of each rank."""
         limit = float(self.job.get("silent_seconds", SILENT_SECONDS))
-        views = {rank: RankView(beat.host, "", 0.0, 0.0, own_seconds=beat.own_seconds) for rank, beat in self.ranks()}
-        slow = stragglers(views)
+        slow = stragglers(
+            {
+                rank: RankView(beat.host, "", 0.0, 0.0, own_seconds=beat.own_seconds, gpu_speed=beat.gpu_speed)
+                for rank, beat in self.ranks()
+            }
+        )
         told = {}
         for rank, beat in self.ranks():
             age = self.now - beat.time
@@ -99,7 +103,7 @@ class Status:
             elif age > limit:
                 told[rank] = f"silent for {duration(age)}"
             else:
-                told[rank] = f"slow: {slow[rank]:.1f} x" if rank in slow else "ok"
+                told[rank] = _slowness(slow[rank]) if rank in slow else "ok"
         return told
 
     def summary(self) -> list[tuple[str, str]]:
@@ -130,6 +134,12 @@ class Status:
 
     def _ended(self) -> bool:
         return bool(self.beats) and all(beat.phase == "ended" for _, beat in self.ranks())
+
+
+def _slowness(straggler: Straggler) -> str:
+    if straggler.cause == "gpu":
+        return f"slow GPU: {straggler.ratio:.2f} of the fastest"
+    return f"slow{' host' if straggler.cause else ''}: {straggler.ratio:.1f} x"
 
 
 def rank_rows(status: Status) -> list[list[str]]:

@@ -17,12 +17,12 @@ from types import FrameType
 
 from data_prep.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DATA, EXIT_STOPPED, ConfigError, RunFailed
 from launch.admission import admit
-from launch.attempt import Attempt, Outcome, slow_ranks
+from launch.attempt import Attempt, Outcome
 from launch.crew import Crew
 from launch.facts import nonce_name
 from launch.preflight import Verdict, measure
 from launch.records import Records, checkpoint_bytes, last_step, newest_checkpoint
-from launch.verdict import Fault, RankView
+from launch.verdict import Fault, RankView, stragglers
 from launch.wire import Message
 from train.config import Config
 from train.rules import check_world
@@ -44,6 +44,9 @@ SPARE_BYTES = 64 << 20
 FULL_DISK = "the disk is full"
 _OUTCOMES = {EXIT_CONFIG: "a setting is wrong", EXIT_DATA: "a file is missing or damaged"}
 
+_Slow = tuple[str, int, str | None]
+"""A straggler's node, rank and cause."""
+
 
 class Supervisor:
     """One job from its first attempt to its end."""
@@ -64,8 +67,8 @@ class Supervisor:
         self._stops = 0
         self._processes = 1
         self._began = self._call_at = time.monotonic()
-        self._slow: set[tuple[str, int]] = set()
-        self._slow_since: dict[int, float] = {}
+        self._slow: set[_Slow] = set()
+        self._slow_since: dict[_Slow, float] = {}
         self._restart: tuple[float, int] | None = None
 
     def run(self) -> int:
@@ -345,14 +348,15 @@ class Supervisor:
                 self._restart = None
                 seconds = time.monotonic() - at
                 self._records.event("recovered", f"the first step after {seconds:.1f} s", "goes on", seconds=seconds)
-        now, slow = time.monotonic(), slow_ranks(ranks)
-        self._slow_since = {rank: self._slow_since.get(rank, now) for rank, _ in slow}
-        for rank, sentence in slow:
-            which = (ranks[rank].node, rank)
-            if which not in self._slow and now - self._slow_since[rank] > STEADY_SECONDS:
+        now = time.monotonic()
+        slow = {(ranks[rank].node, rank, one.cause): one for rank, one in stragglers(ranks).items()}
+        self._slow_since = {which: self._slow_since.get(which, now) for which in slow}
+        for which in slow.keys() - self._slow:
+            if now - self._slow_since[which] > STEADY_SECONDS:
                 self._slow.add(which)
-                say(sentence)
-                self._records.event("straggler", sentence, "noted", node=ranks[rank].node, rank=rank)
+                node, rank, cause = which
+                say(slow[which].seen)
+                self._records.event("straggler", slow[which].seen, "noted", node=node, rank=rank, cause=cause)
 
     def _tell(self, fault: Fault) -> None:
         say(fault.seen)

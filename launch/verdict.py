@@ -15,6 +15,8 @@ SLOW_RATIO = 1.5
 """A rank is a straggler when its own time a step is so many times the median's …"""
 SLOW_SECONDS = 0.05
 """… and so much longer."""
+SLOW_GPU = 0.75
+"""A GPU is slow when its kernels run at less than this share of the fastest one's speed (NVIDIA's package's limit)."""
 LONGEST_REASON = 300
 """Characters of a rank's own words that go into the one sentence."""
 _FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
@@ -43,6 +45,8 @@ class RankView:
     phase: str = ""
     collective: str | None = None
     own_seconds: float | None = None
+    gpu_speed: float | None = None
+    """Of the fastest rank's kernels, where they are timed."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +130,49 @@ def of_hang(ranks: Mapping[int, RankView], seconds: float, stacks: Mapping[int, 
     return Fault("hang", seen + _waiting(ranks, {rank}), view.node, rank, stacks.get(rank, ""))
 
 
-def stragglers(ranks: Mapping[int, RankView]) -> dict[int, float]:
-    """Ranks that need much longer than the median for their own part of a step, with the ratio."""
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that holds the others up. cause: gpu or host; none where no kernels are timed."""
+
+    cause: str | None
+    ratio: float
+    """Of a GPU, its speed beside the fastest one's; else the rank's own time a step over the others'."""
+    seen: str
+
+
+def stragglers(ranks: Mapping[int, RankView]) -> dict[int, Straggler]:
+    """Ranks whose kernels are slow, and those that need much longer than the median for their own part of a step."""
+    found = {}
+    own = _own_ratios(ranks)
+    for rank, view in ranks.items():
+        speed, who = view.gpu_speed, f"rank {rank} on node {view.node}"
+        if speed is not None and speed < SLOW_GPU:
+            seen = f"{who}: its GPU is slow: its kernels run at {speed:.2f} of the fastest GPU's speed"
+            found[rank] = Straggler("gpu", speed, seen)
+        elif rank in own:
+            needs = f"needs {own[rank]:.1f} times the others' own time a step"
+            seen = f"{who} {needs}"
+            if speed is not None:
+                seen = (
+                    f"{who}: its host is slow: it {needs}, and its GPU runs at {speed:.2f} of the fastest one's speed"
+                )
+            found[rank] = Straggler(None if speed is None else "host", own[rank], seen)
+    return found
+
+
+def _own_ratios(ranks: Mapping[int, RankView]) -> dict[int, float]:
+    """Own time over the usual one, of the ranks whose own is much longer.
+
+    Two ranks have no usual one: of a time for the device and the host together, none can be said to be too long. On
+    GPUs whose kernels are timed it is the host's alone, and the longer one sets the pace.
+    """
     own = {rank: view.own_seconds for rank, view in ranks.items() if view.own_seconds is not None}
-    if len(own) < 3:
+    timed = all(ranks[rank].gpu_speed is not None for rank in own)
+    if len(own) < (2 if timed else 3):
         return {}
-    median = statistics.median(own.values())
-    slow = {rank: time for rank, time in own.items() if time > max(SLOW_RATIO * median, median + SLOW_SECONDS)}
-    return {rank: time / max(median, 1e-9) for rank, time in slow.items()}
+    usual = statistics.median(own.values()) if len(own) > 2 else min(own.values())
+    slow = {rank: time for rank, time in own.items() if time > max(SLOW_RATIO * usual, usual + SLOW_SECONDS)}
+    return {rank: time / max(usual, 1e-9) for rank, time in slow.items()}
 
 
 def innermost(stacks: str) -> str:

@@ -107,6 +107,9 @@ class ClusterConfig:
     """Measure nodes and links before the first attempt, and leave out the bad ones."""
     flight_recorder: int = 0
     """Newest collectives that each rank keeps with NCCL, written to stacks/ when the job hangs; 0 keeps none."""
+    kernel_times_every_steps: int = 0
+    """Time the kernels of one step in so many with NVIDIA's resiliency package, so that a slow GPU is told from a slow
+    host; 0 never does. See docs/launching.md for what it needs and costs."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of every rank, such as NCCL_IB_HCA."""
     ssh: SshConfig = field(default_factory=SshConfig)

@@ -1,6 +1,6 @@
 """What each rank does now, for whoever watches over the job: heartbeat/rank_N.json, and its stacks when asked.
 
-    {"time", "step", "phase", "collective", "since", "own_seconds", "pid", "host", "startup"}
+    {"time", "step", "phase", "collective", "since", "own_seconds", "gpu_speed", "pid", "host", "startup"}
 
 A thread writes the file each second over itself, so that a full disk does not make a rank look dead. The training step
 pays for nothing but an assignment: the thread looks at the other threads' Python stacks from outside and finds the
@@ -62,6 +62,9 @@ class Beat:
     """When the phase or the step last changed, or a piece of the phase's work was done (`train.progress`)."""
     own_seconds: float | None
     """Seconds a step outside of collectives, over the last minute; None before a third of one."""
+    gpu_speed: float | None
+    """Speed of this rank's kernels, of the fastest rank's: the better of the last two measurements; None before, and
+    where nothing is measured (`train.kernel_times`)."""
     pid: int
     host: str
     startup: dict[str, float] = field(default_factory=dict)
@@ -78,6 +81,8 @@ class Heartbeat:
         self._spent: dict[str, float] = {}
         self.startup: dict[str, float] = {}
         """Seconds of each phase up to the end of the first step; empty until then."""
+        self.gpu_speed: float | None = None
+        """Set by whoever measures it."""
         self._own = 0.0
         self._window: deque[tuple[int, float]] = deque(maxlen=WINDOW_BEATS)
         self._collective: str | None = None
@@ -144,6 +149,7 @@ class Heartbeat:
             collective=self._collective,
             since=max(self._since, last_alive()),
             own_seconds=self._own_seconds(),
+            gpu_speed=self.gpu_speed,
             pid=os.getpid(),
             host=socket.gethostname(),
             startup=self.startup,

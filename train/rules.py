@@ -284,7 +284,7 @@ def _numbers(config: Config) -> None:
         if not value > 0:
             raise ConfigError(f"{key}={value} must be more than 0")
     switched = ["saving.every_steps", "saving.keep_every", "evaluation.every_steps", "evaluation.tasks_every_steps"]
-    switched += ["optimizer.clip", "parallel.compare_replicas_every_steps"]
+    switched += ["optimizer.clip", "parallel.compare_replicas_every_steps", "cluster.kernel_times_every_steps"]
     counts = ("cooldown_steps", "max_acts", "roll_back_margin_steps", "skip_ahead_samples", "rewarm_samples")
     for key in (*switched, *(f"stability.{name}" for name in counts)):
         if get(config, key) < 0:

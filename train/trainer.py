@@ -30,6 +30,7 @@ from train.engine import Engine, StepNumbers, StepResult
 from train.fragments import adam_steps
 from train.generation.fills import fill_blanks
 from train.heartbeat import Heartbeat
+from train.kernel_times import KernelTimes
 from train.loading import open_loader, sampler
 from train.memory_use import MemoryUse
 from train.mesh import Mesh
@@ -80,6 +81,7 @@ class Trainer:
 
     def __init__(self, config: Config, dataset: Dataset, mesh: Mesh, heart: Heartbeat) -> None:
         self.config, self.dataset, self.mesh, self.heart = config, dataset, mesh, heart
+        self.kernel_times = KernelTimes(config, mesh.device, heart)
         self.run_dir = Path(config.run_dir)
         self.yaml = as_yaml(config)
         self.step = 0
@@ -134,7 +136,8 @@ class Trainer:
             shrink = self.reactions.shrink(step, embedding_shrink(self.config, self.consumed_samples))
             self.heart.now("step")
             try:
-                result = self.engine.step(global_batch, lr, shrink)
+                with self.kernel_times.of(step):
+                    result = self.engine.step(global_batch, lr, shrink)
             except RankFailed:
                 raise
             except RunFailed as error:
@@ -221,12 +224,8 @@ class Trainer:
         self.observers.append(MetricsObserver(self.folder))
         if config.logging.progress:
             self.observers.append(ProgressObserver(self.length.last_step(self.step, self.consumed_samples)))
-        wandb = WandbObserver.start(
-            config.logging.wandb,
-            project=config.logging.wandb_project,
-            run_dir=self.run_dir,
-            config=asdict(config),
-        )
+        mode, project = config.logging.wandb, config.logging.wandb_project
+        wandb = WandbObserver.start(mode, project=project, run_dir=self.run_dir, config=asdict(config))
         self.observers += [wandb] if wandb is not None else []
 
     def _resume(self, found: Path | None) -> None:

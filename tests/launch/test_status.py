@@ -21,12 +21,14 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
-    """A run of four ranks on two nodes: rank 2 is silent, rank 3 slow; a rank 4 is left of a larger attempt."""
+    """A run of four ranks on two nodes: rank 2 is silent, 1 and 3 slow; a rank 4 is left of a larger attempt."""
     now = time.time()
     for rank in range(5):
         age, own = (95.0 if rank == 2 else 0.4), (0.9 if rank == 3 else 0.3)
         phase, collective = ("step", "all_reduce from train/mesh.py:70") if rank != 3 else ("data", None)
-        beat = Beat(now - age, 12, phase, collective, now - 3, own, 100 + rank, "host", {"imports": 2.0 + rank})
+        speed = 0.6 if rank == 1 else 0.99
+        start = {"imports": 2.0 + rank}
+        beat = Beat(now - age, 12, phase, collective, now - 3, own, speed, 100 + rank, "host", start)
         file = tmp_path / "heartbeat" / f"rank_{rank}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(asdict(beat)).ljust(1023) + "\n")
@@ -47,10 +49,10 @@ def run_dir(tmp_path) -> Path:
 def test_the_table_shows_what_is_wrong_first(run_dir):
     status = Status.read(run_dir)
     assert [row[:3] for row in rank_rows(status)] == [
+        ["1", "a", "slow GPU: 0.60 of the fastest"],
         ["2", "b", "silent for 1:35"],
-        ["3", "b", "slow: 3.0 x"],
+        ["3", "b", "slow host: 3.0 x"],
         ["0", "a", "ok"],
-        ["1", "a", "ok"],
     ]
     with Console(width=160, record=True, file=open("/dev/null", "w")) as console:
         console.print(terminal(status))
@@ -61,7 +63,7 @@ def test_the_table_shows_what_is_wrong_first(run_dir):
 
 def test_the_page_is_whole_and_escapes_what_it_shows(run_dir):
     text = page(Status.read(run_dir))
-    assert "2 ranks in trouble" in text
+    assert "3 ranks in trouble" in text
     assert "node b is lost: &lt;no word&gt;" in text
     assert text.count("<svg") == 3, "loss, rate and step time have values, the gradient norm has none"
     assert 'http-equiv="refresh"' in text

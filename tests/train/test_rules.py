@@ -112,6 +112,7 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("logging.every_steps", {"logging__every_steps": 0}, None),
     ("saving.keep_last", {"saving__keep_last": 0}, None),
     ("saving.every_steps", {"saving__every_steps": -1}, None),
+    ("cluster.kernel_times_every_steps", {"cluster__kernel_times_every_steps": -1}, None),
     ("saving.keep_every", {"saving__keep_every": -1}, None),
     ("evaluation.every_steps", {"evaluation__every_steps": -1}, None),
     ("optimizer.clip", {"optimizer__clip": -1.0}, None),
