@@ -35,7 +35,9 @@ from typing import Any
 FOLDER = Path(__file__).parent / "parallel"
 TENSOR, PIPELINE = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"
 SEQUENCE, ZERO_3 = "parallel.sequence_parallel=true", "parallel.zero_stage=3"
+OVERLAP = "parallel.overlap_tensor=true"
 GRAPHS = "parallel.cuda_graphs=true"
+ZERO_BUBBLE = "parallel.pipeline_schedule=zero_bubble"
 CUT = "parallel.layers_per_stage=[13,11]"
 """Of 24 layers, since the head costs as much as a layer and more."""
 
@@ -85,9 +87,11 @@ SPEED: dict[str, list[Row]] = {
         Row("one_gpu", world=1),
         Row("tensor_2_graphs", overrides=(TENSOR, GRAPHS), micro_batches=16),
         Row("tensor_2_sequence_graphs", overrides=(TENSOR, SEQUENCE, GRAPHS), micro_batches=16),
+        Row("tensor_2_sequence_overlap_graphs", overrides=(TENSOR, SEQUENCE, OVERLAP, GRAPHS), micro_batches=16),
         Row("fsdp2", peer=True),
         Row("fsdp2_one_gpu", world=1, peer=True),
         Row("pipeline_2_16_cut_by_cost", overrides=(PIPELINE, CUT), micro_batches=16),
+        Row("pipeline_2_16_zero_bubble", overrides=(PIPELINE, ZERO_BUBBLE), micro_batches=16),
         Row("pipeline_2_64", overrides=(PIPELINE,), micro_batches=64),
         Row("data_2_zero_1"),
         Row("data_2_zero_3", overrides=(ZERO_3,)),

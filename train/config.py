@@ -129,8 +129,9 @@ class ParallelConfig:
     layers_per_stage: list[int] = field(default_factory=list)
     """Layers of each stage, as `python -m train.balance` measures them; empty: embedding and head count as one each."""
     sequence_parallel: bool = False
-    """Give each tensor-parallel rank a share of the sequence between the matrix products: less memory for activations,
-    the same traffic. sequence_length must divide by tensor_parallel."""
+    """Each tensor-parallel rank holds a share of sequence_length (it must divide it) between products: less memory."""
+    overlap_tensor: bool = False
+    """Under sequence_parallel, multiply this rank's rows while the others' come in or leave; the same numbers."""
     zero_stage: int = 1
     """0 plain, 1 optimizer states, 2 and gradients, 3 and parameters divided over the data-parallel ranks."""
     activation_checkpointing: str = "none"
@@ -142,8 +143,7 @@ class ParallelConfig:
     """Compare what several ranks hold alike, bit for bit, each so many steps: a difference ends the run and names the
     parameter and the ranks. 0 switches it off."""
     offload_optimizer: bool = False
-    """Keep Adam's moments (8 bytes a parameter, of this rank's share) in host memory; each step moves them through the
-    device in pieces. Same numbers; needs zero_stage 1 or more."""
+    """Keep Adam's moments (8 bytes a parameter of this rank's share) in host memory; needs zero_stage 1 or more."""
     reduce_bucket_elements: int = 500_000_000
     """Elements of a gradient-reduction bucket; smaller buckets use less memory."""
     allgather_bucket_elements: int = 500_000_000

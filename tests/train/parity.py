@@ -219,8 +219,8 @@ def _bias_on_every_rank() -> Iterator[None]:
 def _gradient_not_summed() -> Iterator[None]:
     """Column-parallel inputs keep their own rank's gradient, so the norms before them get a part only."""
 
-    def wrong(x: torch.Tensor, *weights: torch.Tensor, group: Any, sequence: bool) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.nn.functional.linear(x, weight) for weight in weights)
+    def wrong(x: torch.Tensor, *weights: torch.Tensor, **_: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        return tuple(torch.nn.functional.linear(x, weight) for weight in weights), x
 
     with mock.patch.object(context_module, "column_parallel", wrong):
         yield

@@ -22,6 +22,7 @@ TWICE = "micro_batch_size=4"
 wrong, and each costs a layout with tensor parallelism dozens of messages."""
 TENSOR_2 = [TENSOR, TWICE]
 SHARES = [*TENSOR_2, "parallel.sequence_parallel=true"]
+BESIDE = "parallel.overlap_tensor=true"
 RECOMPUTED = "parallel.activation_checkpointing=full"
 OFFLOADED = "parallel.offload_optimizer=true"
 UNEVEN = "parallel.layers_per_stage=[3,1]"
@@ -33,9 +34,10 @@ LAYOUTS: dict[int, list[list[str]]] = {
 """By number of ranks; data parallelism takes what tensor and pipeline leave."""
 WITH_DROPOUT: dict[int, list[list[str]]] = {
     1: [[RECOMPUTED, TWICE]],
-    2: [SHARES, [*SHARES, RECOMPUTED], [PIPELINE, RECOMPUTED, OFFLOADED, UNEVEN]],
+    2: [SHARES, [*SHARES, BESIDE, RECOMPUTED], [PIPELINE, RECOMPUTED, OFFLOADED, UNEVEN]],
     4: [
         ["parallel.tensor_parallel=4", TWICE],
+        ["parallel.tensor_parallel=4", SHARES[-1], BESIDE, TWICE],
         ["parallel.tensor_parallel=4", SHARES[-1], TWICE, RECOMPUTED],
         [*SHARES, PIPELINE],
         [TENSOR, SHARES[-1], ZERO[2][0]],

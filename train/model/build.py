@@ -92,6 +92,7 @@ class Model(nn.Module):
             recompute=config.parallel.activation_checkpointing,
             recompute_every=config.parallel.activation_checkpointing_every_layers,
             sequence_parallel=config.parallel.sequence_parallel and mesh.tensor > 1,
+            overlap_tensor=config.parallel.overlap_tensor and mesh.tensor > 1,
             starts_with_enc=config.data.sampling.starts_with_enc,
         )
         bounds = stage_bounds(config.model.num_layers, mesh.pipeline, config.parallel.layers_per_stage)

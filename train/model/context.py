@@ -61,6 +61,8 @@ class Context:
     """Slots of the learnt prefix of every layer (`train.model.prefix`)."""
     sequence_parallel: bool = False
     """Whether each tensor-parallel rank holds a share of the sequence between the products."""
+    overlap_tensor: bool = False
+    """Whether, on such shares, the products' traffic runs beside them."""
     starts_with_enc: bool = False
     """Whether texts with blanks begin with ENC (data.sampling.starts_with_enc)."""
 
@@ -170,12 +172,14 @@ class Context:
             *weights,
             group=self.mesh.tensor_group,
             sequence=self.sequence_parallel,
+            beside=self.overlap_tensor,
             handing_on=self.residual_scale != 1.0,
         )
 
     def row_parallel(self, x: Tensor, weight: Weight) -> Tensor:
         """x [B,S,in / ranks] times this rank's columns, summed over the ranks: [B,S or share,out]."""
-        return row_parallel(x, weight, group=self.mesh.tensor_group, sequence=self.sequence_parallel)
+        group, sequence = self.mesh.tensor_group, self.sequence_parallel
+        return row_parallel(x, weight, group=group, sequence=sequence, beside=self.overlap_tensor)
 
     def replicated(self, *parameters: Tensor | None) -> tuple[Any, ...]:
         """Parameters that every tensor-parallel rank holds, for work on hidden states between the products.

@@ -11,7 +11,8 @@ residuals stand, every rank holds the whole sequence; with sequence parallelism 
 Both cost the same traffic, since a sum is a scatter and a gather; the shares save memory and work in between. What
 ranks hold alike (norms, biases) then sees a share of the sequence only, so its gradient is summed over the ranks.
 
-In a column-parallel product's backward pass the traffic runs beside the products that do not wait for it.
+In a column-parallel product's backward pass the traffic runs beside the products that do not wait for it; on shares of
+the sequence it may elsewhere too (`train.model.tensor_overlap`).
 Biases are not added here: the fused kernels after each product add them, once.
 """
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear import linear, linear_and_input, main_grad, weight_gradient
+from train.model.tensor_overlap import RowParallel, gather_products
 
 Weight = Tensor | nn.Module
 """A matrix, or what stands in for one when no gradient is wanted."""
@@ -29,11 +31,13 @@ Weight = Tensor | nn.Module
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, sequence: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, group: Any, sequence: bool, beside: bool, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.sequence = group, sequence
         ctx.totals = [main_grad(weight) for weight in weights]
         # The share is kept, not what was gathered.
         ctx.save_for_backward(x, *weights)
+        if beside:
+            return tuple(gather_products(x, [weight.t() for weight in weights], group)[0])
         whole = gather(x, group) if sequence else x
         return tuple(F.linear(whole, weight) for weight in weights)
 
@@ -51,10 +55,10 @@ class _ColumnParallel(torch.autograd.Function):
             total = grad_x.contiguous()
             work = torch.distributed.all_reduce(total, group=ctx.group, async_op=True)
         # Frozen matrices ask for none.
-        wanted = zip(grads, ctx.totals, ctx.needs_input_grad[3:], strict=True)
+        wanted = zip(grads, ctx.totals, ctx.needs_input_grad[4:], strict=True)
         grad_weights = [weight_gradient(whole, grad, into) if needed else None for grad, into, needed in wanted]
         work.wait()
-        return total, None, None, *grad_weights
+        return total, None, None, None, *grad_weights
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -141,15 +145,16 @@ def product(x: Tensor, weight: Weight) -> Tensor:
 
 
 def column_parallel(
-    x: Tensor, *weights: Weight, group: Any, sequence: bool = False, handing_on: bool = False
+    x: Tensor, *weights: Weight, group: Any, sequence: bool = False, beside: bool = False, handing_on: bool = False
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """x times this rank's rows of each weight [out / ranks, in]: a [B,S,out / ranks] for each; and x again.
 
-    x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights. handing_on:
-    whether the products may add their gradients of x to that reader's, in place (`kernels.linear.linear_and_input`).
+    x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights, with
+    `beside` while this rank's rows are multiplied. handing_on: whether the products may add their gradients of x to
+    that reader's, in place (`kernels.linear.linear_and_input`).
     """
     if group is not None and all(isinstance(weight, Tensor | LowRank) for weight in weights):
-        return _with_ranks(x, weights, group, sequence), x
+        return _with_ranks(x, weights, group, sequence, beside), x
     whole = gather(x, group) if sequence else x
     results = []
     for weight in weights:
@@ -161,13 +166,13 @@ def column_parallel(
     return tuple(results), whole if group is None else x
 
 
-def _with_ranks(x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool) -> tuple[Tensor, ...]:
+def _with_ranks(x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool, beside: bool) -> tuple[Tensor, ...]:
     """`column_parallel` with a gradient. Into a low rank all ranks go together with x, out of it each goes alone."""
     pairs = [weight.pair() if isinstance(weight, LowRank) else None for weight in weights]
     tensors: list[Tensor] = []
     for weight, pair in zip(weights, pairs, strict=True):
         tensors += [weight] if pair is None else [weight.weight, pair[0]]
-    found = iter(_ColumnParallel.apply(x, group, sequence, *tensors))
+    found = iter(_ColumnParallel.apply(x, group, sequence, beside, *tensors))
     results = []
     for weight, pair in zip(weights, pairs, strict=True):
         result = next(found)
@@ -175,11 +180,15 @@ def _with_ranks(x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool)
     return tuple(results)
 
 
-def row_parallel(x: Tensor, weight: Weight, *, group: Any, sequence: bool = False) -> Tensor:
+def row_parallel(x: Tensor, weight: Weight, *, group: Any, sequence: bool = False, beside: bool = False) -> Tensor:
     """This rank's columns: x [B,S,in / ranks] times [out, in / ranks], summed over the ranks.
 
-    Returns [B,S,out], or with `sequence` this rank's share [B,S / ranks,out].
+    Returns [B,S,out], or with `sequence` this rank's share [B,S / ranks,out], with `beside` while the next rows are
+    multiplied.
     """
+    if beside and group is not None and isinstance(weight, Tensor):
+        share: Tensor = RowParallel.apply(x, weight, group)
+        return share
     return sum_over_ranks(product(x, weight), group, sequence=sequence)
 
 
