@@ -57,7 +57,7 @@ class Records:
             "targets_by_group": targets_by_group(number.sums),
             "skipped": number.skipped,
         }
-        whole |= {key: value for key, value in number.seen.items() if key == "embedding_grad_norm"}
+        whole |= {key: value for key, value in number.seen.items() if key in ("embedding_grad_norm", "update_size")}
         whole |= {} if number.telemetry is None else {"telemetry": number.telemetry}
         return whole | ({"z_loss": number.z_loss} if self.config.loss.z_loss else {})
 

@@ -3,8 +3,10 @@
 A window holds the losses and the logarithms of the gradient norms of the last `spike_window` steps. Step t is a spike
 if either is not finite, or its loss lies more than `spike_sigma` deviations over the window's mean, once the window is
 half full. So is the third step in a row that lies more than `spike_sigma` / √3 (3.5) over it in either, for noise does
-not last. A gradient norm alone in one step is a spike only at a thousand times its mean: healthy runs have norms of ten
-and a hundred times it now and then, which the clip takes care of, and a flipped bit makes far more.
+not last; of the gradient norm only steps whose loss lies over its mean count, for a model that has just found something
+to learn has large gradients for many steps, while its loss falls. A gradient norm alone in one step is a spike only at
+a thousand times its mean: healthy runs have norms of ten and a hundred times it now and then, which the clip takes care
+of, and a flipped bit makes far more.
 
 Text that says one thing over and over hardly moves a young model's loss, and its gradient norm by a few deviations, so
 the text itself is watched too: a step whose sequences hold fewer than half as many different pieces as the window's,
@@ -70,6 +72,7 @@ class Detector:
         self.values = torch.cat((self.values[:, 1:], entering[:, None]), 1)
         self.steps += 1
         counted = torch.where(x.isfinite(), (over / deviation).clamp(max=self.sigma), 0.0)
+        counted[1] = torch.where(over[0] > 0, counted[1], 0.0)
         lasting = torch.minimum(self.recent.amin(1), counted) * math.sqrt(LASTING) * self._may_last
         self.recent = torch.cat((self.recent[:, 1:], counted[:, None]), 1)
         return torch.stack((score, lasting))

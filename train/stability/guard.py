@@ -1,8 +1,8 @@
 """Stands round the optimizer's step, whichever of DeepSpeed's optimizers it is.
 
 Before the step: one norm a tensor, summed over all ranks in one small message together with the loss; from them the
-clip factors of AdaGC or ZClip, the detector's score, and whether this update is left out. After it, in measured steps:
-norms of weights and updates. Nothing here waits for the device.
+clip factors of AdaGC or ZClip, the detector's score, and whether this update is left out. After it: how far it moved
+the weights, and in measured steps norms of weights and updates. Nothing here waits for the device.
 
 An update is left out by the fused AdamW's own switch (`found_inf`), which changes neither weights nor moments nor the
 number of steps: the same in fp32, bf16 and fp16, and under every ZeRO stage.
@@ -25,13 +25,14 @@ from train.stability.gradients import agree_on_overflow, fragment_gradients
 from train.stability.groups import Tensors, group_of
 from train.stability.stress import flip
 from train.stability.telemetry import Snapshot, fp16_shares, squares, update_squares
+from train.stability.update_size import UpdateSize
 
 
 @dataclass(frozen=True)
 class Measured:
     """What the guard saw in one step, on the device.
 
-    numbers: float64 [10], `FIELDS`, the same on all ranks. snapshot: telemetry of a measured step, None in the others.
+    numbers: float64 [12], `FIELDS`, the same on all ranks. snapshot: telemetry of a measured step, None in the others.
     infinite: bool [this rank's fragments], where a gradient's norm was not finite (summed over data-parallel ranks).
     """
 
@@ -43,10 +44,10 @@ class Measured:
 FIELDS = (
     *("grad_norm", "embedding_grad_norm", "repetition"),
     *(f"{name}_{of}" for of in ("score", "lasting") for name in SIGNALS),
-    "left_out",
+    *("left_out", "update_size", "update_times"),
 )
 """Norms before the clip; the batch's repetition; the detector's scores of the step and of the last three; left_out: 1
-where it was skipped."""
+where it was skipped; how far norms and biases moved, and that over the median of the steps before."""
 
 
 class Guard:
@@ -63,6 +64,8 @@ class Guard:
         self._embedding = self.tensors.numbers(tables, mesh.device)
         self.clipping = Clipping.of(config.optimizer, len(self.tensors), mesh.device)
         self.detector = Detector(stability.spike_window, stability.spike_sigma, mesh.device)
+        tuned = bool(config.lora.rank or config.prefix.length)
+        self.update_size = UpdateSize(mesh, tuned=tuned) if stability.reactions else None
         self.skips = "skip" in stability.reactions
         self.step_number, self.measures = 0, False
         self._fragments: list[Fragment] = []
@@ -114,6 +117,8 @@ class Guard:
             names = [one.layout.name for one in self._fragments]
             self._numbers = self.tensors.numbers(names, mesh.device)
             self._owned = torch.tensor([float(one.owner) for one in self._fragments], device=mesh.device).double()
+            if self.update_size is not None:
+                self.update_size.watch(self._fragments)
         fragments = self._fragments
         gradients = fragment_gradients(self.optimizer, fragments, self.config.parallel.zero_stage)
         stress = self.config.stability.stress
@@ -129,9 +134,12 @@ class Guard:
         total = found.sum().sqrt()
         agree_on_overflow(self.optimizer, gradients, total)
         left_out = self._detect(loss, total, repetition, inner)
+        if self.update_size is not None:
+            self.update_size.begin()
         done = self.update(*args, **kwargs)
         embedding = found[self._embedding].sum().sqrt()
-        numbers = torch.stack((total, embedding, repetition, *self._score, left_out))
+        moved = torch.zeros_like(self._score[:2]) if self.update_size is None else self.update_size.end()
+        numbers = torch.stack((total, embedding, repetition, *self._score, left_out, *moved))
         snapshot = None if fp16 is None else self._snapshot(found, fp16, inner, 1.0 - left_out)
         self._seen = Measured(numbers, snapshot, ~mine.isfinite())
         return done
@@ -142,12 +150,16 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; waits for the device."""
-        return self.detector.state() | ({} if self.clipping is None else {"clipping": self.clipping.state.tolist()})
+        state = self.detector.state()
+        state |= {} if self.update_size is None else {"update_sizes": self.update_size.state()}
+        return state | ({} if self.clipping is None else {"clipping": self.clipping.state.tolist()})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave; what a run did not keep starts anew."""
         if "window" in state:
             self.detector.load(state)
+        if self.update_size is not None:
+            self.update_size.load(state.get("update_sizes", []))
         saved = state.get("clipping")
         if self.clipping is not None and saved is not None and len(saved) == len(self.clipping.state):
             self.clipping.state.copy_(torch.tensor(saved, dtype=torch.float64))

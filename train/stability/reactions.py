@@ -9,6 +9,7 @@ Each checkpoint says how many roll-backs the file held when it was written: none
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from data_prep.errors import ConfigError
@@ -17,6 +18,7 @@ from train.engine import Engine, StepNumbers
 from train.fragments import set_adam_steps
 from train.stability.detector import LASTING, SIGNALS
 from train.stability.stress import lr_factor
+from train.stability.update_size import TIMES
 
 Act = dict[str, Any]
 """{id, step, from_sample, action, …}: in effect before `step`, which begins at `from_sample`."""
@@ -78,6 +80,9 @@ class Reactions:
                     for moment in fragment.moments.values():
                         moment.zero_()
                 set_adam_steps(self.engine.deepspeed.optimizer, 0)
+                self._forget_update_size()
+            if act["step"] == step and act["action"] == "lower_lr" and act["factor"] > 1:
+                self._forget_update_size()
             if act["step"] == step and act["action"] == "reset_loss_scale":
                 precision = self.config.precision
                 scale = 2.0**precision.loss_scale_initial_power
@@ -99,17 +104,22 @@ class Reactions:
         stability = self.config.stability
         seen_by = {name: [number.seen.get(f"{name}_{of}", 0.0) for of in ("score", "lasting")] for name in SIGNALS}
         over = [name for name, scores in seen_by.items() if max(scores) > stability.spike_sigma]
+        times = number.seen.get("update_times", 0.0)
+        over += ["update_size"] if times > TIMES else []
         if not over or (self.last_spike and step - self.last_spike <= stability.cooldown_steps):
             return None
         self.last_spike = step
         values = {"loss": number.loss, "grad_norm": number.grad_norm, "repetition": number.seen["repetition"]}
-        seen = ", ".join(_seen(name, values[name], seen_by[name], stability.spike_sigma) for name in over)
+        told = [_seen(name, values[name], seen_by[name], stability.spike_sigma) for name in over if name in values]
+        if times > TIMES:
+            size = number.seen["update_size"]
+            told.append(f"update_size {size:.4g} is {times:.1f} times the median of the steps before it")
         # The same step may spike again after a roll-back.
         name = f"spike-{step}-{len(self.roll_backs)}"
         acts = self._decide(step, consumed, name, checkpoint_before) if self._may_act() else []
         if number.seen.get("left_out"):
             acts = [{"id": f"{name}/skip", "step": step, "from_sample": consumed, "action": "skip"}, *acts]
-        event = _event(name, step, consumed, f"{'_and_'.join(over)}_spike", seen, acts)
+        event = _event(name, step, consumed, f"{'_and_'.join(over)}_spike", ", ".join(told), acts)
         if target_of(event) is not None:
             self.history.append(event)
         else:
@@ -126,6 +136,7 @@ class Reactions:
             "history": len(self.history),
             "last_spike": self.last_spike,
             "cursors": list(self.cursors),
+            "rate": self._rate(),
             "guard": guard,
         }
 
@@ -136,6 +147,8 @@ class Reactions:
         self.last_spike, self.cursors = state.get("last_spike", 0), list(state.get("cursors", []))
         if self.engine.guard is not None:
             self.engine.guard.load_state(state.get("guard", {}))
+        if state.get("rate") != self._rate():
+            self._forget_update_size()
 
     def remember(self, events: list[Event]) -> None:
         """Take up what events.jsonl holds, at a start."""
@@ -161,6 +174,15 @@ class Reactions:
                     "give a later step, or go back with resume.step"
                 )
         return [act["skip"] for event in mine for act in event["acts"] if act["action"] == "roll_back"]
+
+    def _rate(self) -> dict[str, Any]:
+        """What decides how large an update is meant to be."""
+        return asdict(self.config.optimizer) | asdict(self.config.schedule)
+
+    def _forget_update_size(self) -> None:
+        """What the run does to it on purpose is no spike."""
+        if self.engine.guard is not None and self.engine.guard.update_size is not None:
+            self.engine.guard.update_size.forget()
 
     def _has(self, name: str) -> bool:
         return any(act["id"] == name for act in self.acts)
