@@ -271,7 +271,7 @@ class StabilityConfig:
     """A spike is a loss more than so many deviations over the mean of the window before it, or what lasts or is absurd:
     docs/stability.md."""
     spike_window: int = 128
-    """Steps of that window; nothing is called a spike before it holds half as many."""
+    """Steps of that window; nothing is held against it before it holds half as many."""
     cooldown_steps: int = 20
     """Steps after a spike in which no other is reported or acted on."""
     max_acts: int = 10

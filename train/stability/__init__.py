@@ -5,6 +5,7 @@ groups.py      the model's tensors by name, and the groups whose norms are shown
 guard.py       stands round the optimizer's step: measures, clips, detects, leaves an update out
 clipping.py    AdaGC and ZClip
 detector.py    what a spike is
+update_size.py how far a step moves the weights, in every step
 telemetry.py   norms of gradients, weights, updates and activations, read with the other metrics
 reactions.py   what is done about a spike, one step later; acts at given steps
 stress.py      faults planted on purpose

@@ -48,7 +48,7 @@ class UpdateSize:
     def end(self) -> Tensor:
         """Just after it: float64 [2], the 2-norm of the change over all ranks, and how many times the window's median
         that is; the latter 0 where nothing moved or too few steps are known."""
-        moved = (self._flat() - self._before).double().square().sum()
+        moved = torch.linalg.vector_norm(self._flat().sub_(self._before), dtype=torch.float64).square()
         if self.mesh.world > 1:
             torch.distributed.all_reduce(moved)
         size = moved.sqrt()
