@@ -65,7 +65,7 @@ class Guard:
         self.clipping = Clipping.of(config.optimizer, len(self.tensors), mesh.device)
         self.detector = Detector(stability.spike_window, stability.spike_sigma, mesh.device)
         tuned = bool(config.lora.rank or config.prefix.length)
-        self.update_size = UpdateSize(mesh, tuned=tuned) if stability.reactions else None
+        self.update_size = UpdateSize(mesh, tuned=tuned)
         self.skips = "skip" in stability.reactions
         self.step_number, self.measures = 0, False
         self._fragments: list[Fragment] = []
@@ -117,8 +117,7 @@ class Guard:
             names = [one.layout.name for one in self._fragments]
             self._numbers = self.tensors.numbers(names, mesh.device)
             self._owned = torch.tensor([float(one.owner) for one in self._fragments], device=mesh.device).double()
-            if self.update_size is not None:
-                self.update_size.watch(self._fragments)
+            self.update_size.watch(self._fragments)
         fragments = self._fragments
         gradients = fragment_gradients(self.optimizer, fragments, self.config.parallel.zero_stage)
         stress = self.config.stability.stress
@@ -134,12 +133,10 @@ class Guard:
         total = found.sum().sqrt()
         agree_on_overflow(self.optimizer, gradients, total)
         left_out = self._detect(loss, total, repetition, inner)
-        if self.update_size is not None:
-            self.update_size.begin()
+        self.update_size.begin()
         done = self.update(*args, **kwargs)
         embedding = found[self._embedding].sum().sqrt()
-        moved = torch.zeros_like(self._score[:2]) if self.update_size is None else self.update_size.end()
-        numbers = torch.stack((total, embedding, repetition, *self._score, left_out, *moved))
+        numbers = torch.stack((total, embedding, repetition, *self._score, left_out, *self.update_size.end()))
         snapshot = None if fp16 is None else self._snapshot(found, fp16, inner, 1.0 - left_out)
         self._seen = Measured(numbers, snapshot, ~mine.isfinite())
         return done
@@ -150,16 +147,14 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; waits for the device."""
-        state = self.detector.state()
-        state |= {} if self.update_size is None else {"update_sizes": self.update_size.state()}
+        state = {**self.detector.state(), "update_sizes": self.update_size.state()}
         return state | ({} if self.clipping is None else {"clipping": self.clipping.state.tolist()})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave; what a run did not keep starts anew."""
         if "window" in state:
             self.detector.load(state)
-        if self.update_size is not None:
-            self.update_size.load(state.get("update_sizes", []))
+        self.update_size.load(state.get("update_sizes", []))
         saved = state.get("clipping")
         if self.clipping is not None and saved is not None and len(saved) == len(self.clipping.state):
             self.clipping.state.copy_(torch.tensor(saved, dtype=torch.float64))

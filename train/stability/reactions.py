@@ -104,7 +104,7 @@ class Reactions:
         stability = self.config.stability
         seen_by = {name: [number.seen.get(f"{name}_{of}", 0.0) for of in ("score", "lasting")] for name in SIGNALS}
         over = [name for name, scores in seen_by.items() if max(scores) > stability.spike_sigma]
-        times = number.seen.get("update_times", 0.0)
+        times = number.seen.get("update_times", 0.0) if stability.reactions else 0.0
         over += ["update_size"] if times > TIMES else []
         if not over or (self.last_spike and step - self.last_spike <= stability.cooldown_steps):
             return None
@@ -181,7 +181,7 @@ class Reactions:
 
     def _forget_update_size(self) -> None:
         """What the run does to it on purpose is no spike."""
-        if self.engine.guard is not None and self.engine.guard.update_size is not None:
+        if self.engine.guard is not None:
             self.engine.guard.update_size.forget()
 
     def _has(self, name: str) -> bool:
