@@ -351,12 +351,12 @@ class Supervisor:
         now = time.monotonic()
         slow = {(ranks[rank].node, rank, one.cause): one for rank, one in stragglers(ranks).items()}
         self._slow_since = {which: self._slow_since.get(which, now) for which in slow}
-        for which in slow.keys() - self._slow:
-            if now - self._slow_since[which] > STEADY_SECONDS:
+        for which, one in slow.items():
+            if which not in self._slow and now - self._slow_since[which] > STEADY_SECONDS:
                 self._slow.add(which)
                 node, rank, cause = which
-                say(slow[which].seen)
-                self._records.event("straggler", slow[which].seen, "noted", node=node, rank=rank, cause=cause)
+                say(one.seen)
+                self._records.event("straggler", one.seen, "noted", node=node, rank=rank, cause=cause)
 
     def _tell(self, fault: Fault) -> None:
         say(fault.seen)

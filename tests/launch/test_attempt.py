@@ -1,12 +1,20 @@
 """What an attempt tells its nodes, from what they tell it: a crew of one node, without processes."""
 
+import json
+import os
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from launch import node, supervisor
 from launch.attempt import Attempt, Outcome
+from launch.records import Records
+from launch.supervisor import Supervisor
+from launch.verdict import RankView
 from train.cluster import ClusterConfig
+from train.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.unit
 
@@ -57,3 +65,31 @@ def test_the_ranks_are_told_to_stop_once(stops_at, grows_at, told, grows):
     outcome = crew.run(stops_at=stops_at, grows_at=grows_at)
     assert crew.told == ["start", *told]
     assert (outcome.status, outcome.fault, outcome.grows) == (75, None, grows)
+
+
+def test_a_rank_says_how_fast_its_gpu_is_and_the_supervisor_notes_it_once(tmp_path, monkeypatch):
+    heart = Heartbeat(tmp_path, 0)
+    heart.gpu_speed = 0.61
+    heart.start()
+    told = node._Attempt({"run_dir": str(tmp_path)}, "127.0.0.1")
+    told.steering.pids = {0: os.getpid()}
+    (beat,) = json.loads(json.dumps(told.beats()))  # as over the wire
+    heart.close()
+    attempt = Attempt(mock.Mock(), ClusterConfig(), ["a"], mock.Mock(), mock.Mock(), mock.Mock())
+    slow = attempt._view("a", beat)
+    assert (slow.node, slow.gpu_speed) == ("a", 0.61)
+
+    monkeypatch.setattr(supervisor, "STEADY_SECONDS", -1.0)
+    watching = object.__new__(Supervisor)
+    watching._slow, watching._slow_since, watching._restart = set(), {}, None
+    watching._records = Records(tmp_path)
+    others = {rank: RankView("b", "", 0.0, 0.0, own_seconds=0.1, gpu_speed=1.0) for rank in (1, 2)}
+    hosts = {3: RankView("b", "", 0.0, 0.0, own_seconds=0.4, gpu_speed=0.99)}
+    for _ in range(3):
+        watching._progress({0: slow, **others, **hosts})
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["node"], event["rank"], event["cause"]) for event in events] == [
+        ("straggler", "a", 0, "gpu"),
+        ("straggler", "b", 3, "host"),
+    ]
+    assert events[0]["seen"] == "rank 0 on node a: its GPU is slow: its kernels run at 0.61 of the fastest GPU's speed"
