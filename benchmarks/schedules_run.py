@@ -227,7 +227,7 @@ def trained(name: str | None, steps: int) -> list[float]:
         engine, *_ = deepspeed.initialize(
             model=held, optimizer=optimizer, config=settings, mpu=mesh.grid, dist_init_required=False
         )
-    attach(engine.optimizer)
+    attach(engine)
     ends = [weight for name, weight in pipeline.parameters() if name == EMBEDDING]
     if pipeline.last is not None:
         ends[-1].ds_pipe_replicated = True  # type: ignore[attr-defined]

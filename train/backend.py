@@ -308,7 +308,7 @@ def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[A
             mpu=mesh.grid,
             dist_init_required=False,
         )
-    attach(engine.optimizer)
+    attach(engine)
     if config.parallel.cuda_graphs:
         if mesh.device.type == "cpu" and mesh.rank == 0:
             logger.warning("parallel.cuda_graphs has no effect on a CPU")
@@ -330,7 +330,7 @@ def make_pipeline_engine(config: Config, mesh: Mesh, optimizer_for: Any, loss_of
             config=_settings(config, mesh, model),
             dist_init_required=False,
         )
-    attach(engine.optimizer)
+    attach(engine)
     return engine, model
 
 
