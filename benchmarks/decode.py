@@ -292,6 +292,7 @@ def check(half: str, *, gpu: bool) -> bool:
             ("quantised_matmul", "8-dtype"),
             ("quantised_matmul", "not 8-dtype"),
             ("decode_attention", ""),
+            ("greedy_step", ""),
         ):
             jobs.append([sys.executable, "-m", "pytest", *quiet, f"tests/kernels/test_{name}.py", "-k", kind])
     began = time.perf_counter()

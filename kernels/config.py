@@ -34,5 +34,8 @@ class KernelsConfig:
     auto | reference | triton."""
 
     quantised_matmul: str = "auto"
-    """Products with INT8 and INT4 weights (`quantise=` of train.generate and train.evaluate): auto | reference |
-    compile | triton."""
+    """Products with INT8 and INT4 weights, with the feed-forward layer's activation (`quantise=` of train.generate and
+    train.evaluate): auto | reference | compile | triton."""
+
+    greedy_step: str = "auto"
+    """Picking each text's likeliest token and what it feeds next (generation): auto | reference | triton."""

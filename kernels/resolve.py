@@ -107,9 +107,10 @@ TABLE: dict[str, Operations] = {
     "rotary": Operations(_triple("rotary", frozenset()), FAST),
     "embedding": Operations(_pair("embedding", frozenset())),
     "quantised_matmul": Operations(_triple("quantised_matmul", frozenset()), FAST),
-    "decode_attention": Operations(
-        {name: one for name, one in _triple("decode_attention", frozenset()).items() if not one.compiled}, FAST
-    ),
+    **{
+        op: Operations({name: one for name, one in _triple(op, frozenset()).items() if not one.compiled}, FAST)
+        for op in ("decode_attention", "greedy_step")
+    },
     "linear_cross_entropy": Operations(
         _triple("linear_cross_entropy", frozenset({"tensor_parallel", "z_loss", "softcap"})), FAST
     ),

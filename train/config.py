@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.linear_cross_entropy": ("auto", "reference", "compile", "triton"),
     "kernels.embedding": ("auto", "reference", "compile"),
     "kernels.decode_attention": ("auto", "reference", "triton"),
+    "kernels.greedy_step": ("auto", "reference", "triton"),
     "kernels.quantised_matmul": ("auto", "reference", "compile", "triton"),
 }
 """The words a key may hold."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_decode_attention.py", "test_quantised_matmul.py", "test_residual_sum.py")
+FILES = ("test_decode_attention.py", "test_greedy_step.py", "test_quantised_matmul.py")
 
 
 @pytest.mark.unit

@@ -11,23 +11,20 @@ import torch
 from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer
+from kernels.greedy_step import COLUMNS, GROWS, NEXT_PLACE, NEXT_TOKEN, POSITIONS, SETTLED, STOPS, go_on
 from train.generation.decoder import Decoder
 from train.generation.forms import Form
 from train.generation.picking import Decoding, allow, pick
 
-POSITIONS, STOPS = slice(0, 2), slice(2, 4)
-SETTLED, NEXT_PLACE, NEXT_TOKEN, GROWS = range(4, 8)
-"""Columns of the table. SETTLED: 1 where a text goes on at NEXT_PLACE whatever is picked. GROWS: 0 once it is done."""
-
 
 def places_of(form: Form, limit: int, first: int) -> Tensor:
-    """The table of one text, int64 [blanks · (limit + 1), 8]; its own places begin at number `first`.
+    """The table of one text, int64 [blanks · (limit + 1), COLUMNS]; its own places begin at number `first`.
 
     The last place of all is that of a text that is done, and leads to itself.
     """
     slots = torch.arange(limit + 1)[:, None]
     end = first + len(form.openings) * (limit + 1) - 1
-    table = torch.ones(len(form.openings), limit + 1, 8, dtype=torch.int64)
+    table = torch.ones(len(form.openings), limit + 1, COLUMNS, dtype=torch.int64)
     for number, (opening, places) in enumerate(zip(form.openings, table, strict=True)):
         begin, one_on = torch.tensor([opening.position(0), opening.position(1)])
         places[:, POSITIONS] = begin + slots * (one_on - begin)
@@ -57,6 +54,9 @@ class Course:
             starts.append(starts[-1] + len(tables[-1]))
         device = decoder.device
         self._table = torch.cat(tables).to(device)
+        self._text = torch.ones(decoder.model.context.model.padded_vocab_size, dtype=torch.bool, device=device)
+        for barred in tokenizer.no_text_ranges:
+            self._text[barred] = False
         self._texts = torch.tensor(list(numbers), device=device)
         self._drawn = torch.zeros_like(self._texts)
         """Tokens that each text drew before."""
@@ -72,14 +72,11 @@ class Course:
         return self._decoder.loop(self._choose, (self._drawn, self._place, self._here))
 
     def _choose(self, logits: Tensor) -> None:
-        here = self._here
-        allow(logits, self._tokenizer, here[:, STOPS])
+        state = (self._table, self._place, self._here, self.picked, self._decoder.tokens)
+        if not self._decoding.temperature:
+            self._decoder.model.context.ops.greedy_step(logits, self._text, *state)
+            return
+        allow(logits, self._tokenizer, self._here[:, STOPS])
         token = pick(logits, self._decoding, self._texts, self._drawn)
-        self.picked.copy_(token)
-        leaves = (token[:, None] == here[:, STOPS]).any(1).logical_or_(here[:, SETTLED])
-        if self._decoding.temperature:
-            self._drawn += 1 - here[:, SETTLED]
-        torch.where(leaves, here[:, NEXT_TOKEN], token, out=self._decoder.tokens)
-        self._place += 1
-        torch.where(leaves, here[:, NEXT_PLACE], self._place, out=self._place)
-        torch.index_select(self._table, 0, self._place, out=here)
+        self._drawn += 1 - self._here[:, SETTLED]
+        go_on(token, *state)

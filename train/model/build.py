@@ -57,6 +57,7 @@ def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Oper
             attention=resolve("interval_attention", kernels.interval_attention, device, dtype, attention),
             linear_cross_entropy=resolve("linear_cross_entropy", kernels.linear_cross_entropy, device, dtype, head),
             embedding=resolve("embedding", kernels.embedding, device, dtype),
+            greedy_step=resolve("greedy_step", kernels.greedy_step, device, dtype),
             # It has no prefix, and its softmax is float32: generation must compute what training did.
             decode_attention=None
             if {"half_softmax", "pb_relax", "prefix"} & attention

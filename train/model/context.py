@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,16 @@ State = tuple[Tensor, Tensor, Tensor]
 of S; the embedding takes tokens int64 [B,S] in its place), meta int64 [B,4,S] (two position rows, attend_from,
 attend_to), sample_index int64 [B]."""
 
+
+class Stream(NamedTuple):
+    """In generation, what flows from one pre-norm layer to the next in place of its hidden states x + branch + bias:
+    the norm that reads them does the addition too, in one kernel."""
+
+    x: Tensor
+    branch: Tensor
+    bias: Tensor | None
+
+
 YARN_FAST, YARN_SLOW = 32, 1
 """Turns over the original positions from which yarn leaves a pair alone, and to which it divides its frequency."""
 
@@ -34,6 +44,7 @@ class Operations:
     attention: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]]
     embedding: Callable[..., Tensor]
+    greedy_step: Callable[..., None]
     decode_attention: Callable[..., Tensor] | None = None
     """One new token a row over a cache; None where `attention` must do that too."""
     max_logit: bool = False
