@@ -22,8 +22,8 @@ GEGLU, SWIGLU, GELU, GELU_TANH = (tl.constexpr(i) for i in range(4))  # in the o
 
 
 @triton.jit
-def _activation(y, KIND: tl.constexpr):
-    """The activation and its slope."""
+def activated(y, KIND: tl.constexpr):
+    """The activation of float32 y and its slope; KIND: its number in `KINDS`."""
     if KIND == SWIGLU:
         sigmoid = 1.0 / (1.0 + tl.exp(-y))
         return y * sigmoid, sigmoid * (1.0 + y * (1.0 - sigmoid))
@@ -60,10 +60,10 @@ def _forward_kernel(
     mask = (row < rows)[:, None] & (column < F)[None, :]
     y = _load(x, bias, row, column, mask, width, HAS_BIAS)
     if GATE:
-        gate, _ = _activation(_load(x, bias, row, F + column, mask, width, HAS_BIAS), KIND)
+        gate, _ = activated(_load(x, bias, row, F + column, mask, width, HAS_BIAS), KIND)
         y *= gate
     else:
-        y, _ = _activation(y, KIND)
+        y, _ = activated(y, KIND)
     tl.store(out + row[:, None] * F + column[None, :], y, mask=mask)
 
 
@@ -88,13 +88,13 @@ def _backward_kernel(
         grad = tl.load(dout + row[:, None] * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
         y = _load(x, bias, row, column, mask, width, HAS_BIAS)
         if GATE:
-            value, slope = _activation(_load(x, bias, row, F + column, mask, width, HAS_BIAS), KIND)
+            value, slope = activated(_load(x, bias, row, F + column, mask, width, HAS_BIAS), KIND)
             d_gate = grad * y * slope
             grad *= value
             tl.store(dx + at + F, d_gate, mask=mask)
             sum_gate += d_gate
         else:
-            _, slope = _activation(y, KIND)
+            _, slope = activated(y, KIND)
             grad *= slope
         tl.store(dx + at, grad, mask=mask)
         sum_linear += grad

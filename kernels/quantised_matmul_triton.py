@@ -4,7 +4,8 @@ A program owns a block of the weight's rows and walks along its columns. The int
 products sum up in float32 before their scale: a whole row's once at the end, a group's after each of its blocks. The
 two nibbles of a byte are neighbouring columns, so INT4 takes even and odd columns of x as two products.
 
-Up to FEW rows of x (decoding one text) need no matrix unit: `quantised_vector_triton.py`.
+Up to FEW rows of x (decoding one text) need no matrix unit: `quantised_vector_triton.py`, which does the activation
+in the same kernel; for more rows it is a kernel of its own.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.bias_activation import GATED, KINDS
+from kernels.bias_activation_triton import bias_activation
 from kernels.operation import operation
 from kernels.quantised_matmul import check
 from kernels.quantised_vector_triton import fits, multiply
@@ -81,32 +84,44 @@ WIDE_TILE = (64, 32, 64, 4)  # for many rows of x
 
 
 @operation("tiankong::quantised_matmul")
-def _matmul(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _matmul(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int, activation: str | None) -> Tensor:
     columns, n = x.shape[-1], packed.shape[0]
     m = x.numel() // columns
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     group = columns if scale.dim() == 1 else columns // scale.shape[1]
     if 0 < m <= FEW and n and fits(x, packed, group, bits):
-        multiply(x, packed, scale, out, group, bits)
-    elif m and n:
+        kind = -1 if activation is None else KINDS.index(activation)
+        out = torch.empty(*x.shape[:-1], n // 2 if activation in GATED else n, dtype=x.dtype, device=x.device)
+        multiply(x, packed, scale, bias, out, group, bits, kind)
+        return out
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    if m and n:
         bm, bn, bk, warps = TILE if m <= 32 else WIDE_TILE
         bk = max(16, min(bk, triton.next_power_of_2(group * bits // 8)))
         _matmul_kernel[(triton.cdiv(n, bn), triton.cdiv(m, bm))](
             x.contiguous(), packed, scale, out, m, n,
             K=columns, GROUP=group, BITS=bits, BM=bm, BN=bn, BK=bk, num_warps=warps,
         )  # fmt: skip
-    return out
+    return out if activation is None else bias_activation(out, bias, kind=activation)
 
 
 @_matmul.fake
-def _(x, packed, scale, bits):
-    return x.new_empty(*x.shape[:-1], packed.shape[0])
+def _(x, packed, scale, bias, bits, activation):
+    return x.new_empty(*x.shape[:-1], packed.shape[0] // (2 if activation in GATED else 1))
 
 
-def quantised_matmul(x: Tensor, packed: Tensor, scale: Tensor, *, bits: int) -> Tensor:
+def quantised_matmul(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    *,
+    bits: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
     """See the reference of the same name; a group must be an even number of columns for 4 bits."""
-    check(x, packed, scale, bits)
+    check(x, packed, scale, bits, bias, activation)
     if bits == 4 and scale.dim() == 2 and x.shape[-1] // scale.shape[1] % 2:
         raise ValueError("quantised_matmul: groups of an odd number of columns split a byte of INT4")
-    out: Tensor = _matmul(x, packed.contiguous(), scale.contiguous(), bits)
+    shift = None if bias is None else bias.contiguous()
+    out: Tensor = _matmul(x, packed.contiguous(), scale.contiguous(), shift, bits, activation)
     return out

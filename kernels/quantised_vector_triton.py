@@ -11,7 +11,10 @@ So Σ (1 + u·2^(s−23))·x − (1 + 2^(b−1+s−23))·Σ x = 2^(s−23) Σ q�
 multiply-add a weight. s ≥ 15, so that the difference costs at most 8 of float32's 24 bits. An even column of INT4 is
 the high nibble of its byte. Sums are float32, a whole row's before its scale, a group's times its scale.
 
-The weight is read ahead before the kernel waits for the one that computes x (`shared_triton.starts_early`).
+Weight, scales and bias are read before the kernel waits for the one that computes x (`shared_triton.starts_early`).
+
+With an activation a program owns rows of the weight's first half and their partners in the second, the gate's, side by
+side: value and gate are there together, and only their product is written.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -24,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.bias_activation import GATED, KINDS
+from kernels.bias_activation_triton import activated
 from kernels.shared_triton import let_next_start, starts_early, wait_for_last
 
 ONE = 0x3F800000  # the bits of 1 in float32
@@ -70,11 +75,13 @@ def _four(to_x, lane, CHUNK: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["zero"])
 def _vector_kernel(
-    x, packed, scale, out, n, upper, lower, zero,
+    x, packed, scale, bias, out, n, upper, lower, zero,
     K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, EARLY: tl.constexpr,
-    BN: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, KIND: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """BN rows of the weight times one row of x. x: int64, four values each. packed: int32.
+    """BN rows of the weight times one row of x. x: int64, four values each. packed: int32. KIND −1: no activation.
+
+    n: rows of the weight, or of each half of a gated one, of which BN / 2 are taken here.
 
     upper, lower: the bits of 1 with the sign bit; arguments because an instruction has room for one constant, and the
     mask is that. zero hides from the compiler how the words are aligned: it would give a lane four words of a row and a
@@ -84,14 +91,23 @@ def _vector_kernel(
     WORDS: tl.constexpr = K // EACH
     CHUNKS: tl.constexpr = (WORDS + 31) // 32
     let_next_start(EARLY)
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    row_mask = (row < n)[:, None]
+    if GATE:  # a row and its partner
+        place = tl.program_id(0) * (BN // 2) + tl.arange(0, BN) // 2
+        row = place + tl.arange(0, BN) % 2 * n
+    else:
+        place = tl.program_id(0) * BN + tl.arange(0, BN)
+        row = place
+    row_mask = (place < n)[:, None]
     lane = tl.arange(0, 32)
     to_w = packed + zero + row[:, None].to(tl.int64) * WORDS + lane[None, :]
     to_x = x + tl.program_id(1).to(tl.int64) * (K // 4) + lane * (EACH // 4)
     ahead = (_words(to_w, row_mask, lane, 0, WORDS),)
     for chunk in tl.static_range(1, AHEAD):
         ahead += (_words(to_w, row_mask, lane, chunk, WORDS),)  # type: ignore[assignment]
+    if GROUP == K:
+        whole_scale = tl.load(scale + row, mask=place < n, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        shift = tl.load(bias + row, mask=place < n, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
     high = tl.zeros([BN, 32], tl.float32)
     low = tl.zeros([BN, 32], tl.float32)
@@ -124,17 +140,28 @@ def _vector_kernel(
             else:
                 part = 256.0 * (high - 1.5 * high_x[None, :])
             if GROUP < K:
-                place = chunk * 32 + lane
-                to_scale = scale + row[:, None].to(tl.int64) * (K // GROUP) + (place * EACH // GROUP)[None, :]
-                step = tl.load(to_scale, mask=row_mask & (place < WORDS)[None, :], other=0.0)
+                number = chunk * 32 + lane
+                to_scale = scale + row[:, None].to(tl.int64) * (K // GROUP) + (number * EACH // GROUP)[None, :]
+                step = tl.load(to_scale, mask=row_mask & (number < WORDS)[None, :], other=0.0)
                 part *= step.to(tl.float32)
                 high, low = tl.zeros([BN, 32], tl.float32), tl.zeros([BN, 32], tl.float32)
                 high_x, low_x = tl.zeros([32], tl.float32), tl.zeros([32], tl.float32)
             total += part
     result = tl.sum(total, 1)
     if GROUP == K:
-        result *= tl.load(scale + row, mask=row < n, other=0.0).to(tl.float32)
-    tl.store(out + tl.program_id(1).to(tl.int64) * n + row, result, mask=row < n)
+        result *= whole_scale
+    if HAS_BIAS:
+        result += shift
+    if GATE:
+        value, gate = tl.split(tl.reshape(result, [BN // 2, 2]))
+        slot = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+        gate, _ = activated(gate, KIND)
+        result = value * gate
+    else:
+        slot = place
+        if KIND >= 0:
+            result, _ = activated(result, KIND)
+    tl.store(out + tl.program_id(1).to(tl.int64) * n + slot, result, mask=slot < n)
 
 
 def fits(x: Tensor, packed: Tensor, group: int, bits: int) -> bool:
@@ -144,15 +171,22 @@ def fits(x: Tensor, packed: Tensor, group: int, bits: int) -> bool:
     return x.element_size() == 2 and x.shape[-1] % 8 == 0 and group % each == 0 and aligned
 
 
-def multiply(x: Tensor, packed: Tensor, scale: Tensor, out: Tensor, group: int, bits: int) -> None:
-    """out [m, n] = x [m, columns] · dequantise(packed)ᵀ for arguments that `fits`; group: columns a scale."""
-    columns, n = x.shape[-1], packed.shape[0]
+def multiply(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, group: int, bits: int, kind: int
+) -> None:
+    """out = activation(x · dequantise(packed)ᵀ + bias) for arguments that `fits`; see `quantised_matmul`.
+
+    group: columns a scale. kind: the activation's number in `KINDS`, −1 for none.
+    """
+    columns, n = x.shape[-1], out.shape[-1]
     m = x.numel() // columns
+    gate = kind >= 0 and KINDS[kind] in GATED
     rows, warps, ahead = TILE
     early = starts_early(x.device, m)
-    _vector_kernel[(triton.cdiv(n, rows), m)](
-        x.contiguous().view(torch.int64), packed.view(torch.int32), scale, out, n,
+    _vector_kernel[(triton.cdiv(n, rows // 2 if gate else rows), m)](
+        x.contiguous().view(torch.int64), packed.view(torch.int32), scale, bias, out, n,
         ONE ^ UPPER, ONE ^ LOWER, 0,
-        K=columns, GROUP=group, BITS=bits, BF16=x.dtype == torch.bfloat16, EARLY=early, BN=rows,
+        K=columns, GROUP=group, BITS=bits, BF16=x.dtype == torch.bfloat16, EARLY=early,
+        HAS_BIAS=bias is not None, KIND=kind, GATE=gate, BN=rows,
         AHEAD=min(ahead, triton.cdiv(columns * bits // 32, 32)), num_warps=warps, launch_pdl=early,
     )  # fmt: skip

@@ -2,8 +2,7 @@
 
 DeepNorm's residual with shifted norms (Wang et al. 2022, "DeepNet"; GLM-130B, arXiv 2210.02414, section 2.2): the
 residual x is itself the previous norm's output, so one pass reads x and f and writes the next layer's input.
-Pre-norm models ask for the sum too and carry it on. Without f it is a plain norm; without a weight, in inference, it is
-the sum alone.
+Pre-norm models ask for the sum too and carry it on. Without f it is a plain norm.
 
     LayerNorm  out = (sum − mean) / √(var + ε) · weight + norm_bias
     RMSNorm    out = sum / √(mean(sum²) + ε) · weight            (Zhang & Sennrich 2019)
@@ -30,7 +29,7 @@ def check(
     x: Tensor,
     f: Tensor | None,
     bias: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     norm_bias: Tensor | None,
     kind: str,
     dropout: Dropout | None,
@@ -41,10 +40,7 @@ def check(
     require_choice(op, "kind", kind, KINDS)
     require_float(op, x=x, f=f, bias=bias, weight=weight, norm_bias=norm_bias)
     require_device(op, x.device, f=f, bias=bias, weight=weight, norm_bias=norm_bias)
-    if weight is not None:
-        require_shape(op, "weight", weight, (hidden,))
-    elif norm_bias is not None or f is None or active(dropout) is not None:
-        raise ValueError(f"{op}: without a weight it is a sum of x and f; norm_bias and dropout belong to a norm")
+    require_shape(op, "weight", weight, (hidden,))
     if f is not None:
         require_shape(op, "f", f, tuple(x.shape))
         if f.dtype != x.dtype:
@@ -69,7 +65,7 @@ def residual_norm(
     x: Tensor,
     f: Tensor | None,
     bias: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     norm_bias: Tensor | None,
     *,
     alpha: float = ...,
@@ -85,7 +81,7 @@ def residual_norm(
     x: Tensor,
     f: Tensor | None,
     bias: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     norm_bias: Tensor | None,
     *,
     alpha: float = ...,
@@ -100,7 +96,7 @@ def residual_norm(
     x: Tensor,
     f: Tensor | None,
     bias: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     norm_bias: Tensor | None,
     *,
     alpha: float = 1.0,
@@ -112,8 +108,8 @@ def residual_norm(
     """norm(α·x + drop(f + bias)), the PyTorch reference.
 
     x, f: [..., hidden] of one dtype ([batch, positions, hidden] with dropout). bias, weight, norm_bias: [hidden], any
-    float dtype. f None: a plain norm of α·x. weight None: the sum itself, without a gradient. Returns out in x's dtype,
-    or (out, sum) with `return_sum`; gradients flow through both. Raises ValueError on a wrong shape, dtype or device.
+    float dtype. f None: a plain norm of α·x. Returns out in x's dtype, or (out, sum) with `return_sum`; gradients
+    flow through both. Raises ValueError on a wrong shape, dtype or device.
     """
     check(x, f, bias, weight, norm_bias, kind, dropout)
     inner = accumulation_dtype(x.dtype)
@@ -125,8 +121,6 @@ def residual_norm(
         total = torch.add(drop_hidden(branch, dropout), total, alpha=alpha)
     elif alpha != 1.0:
         total = total * alpha
-    if weight is None:
-        return total.detach().to(x.dtype)
     if kind == "layernorm":
         shift = None if norm_bias is None else norm_bias.to(inner)
         out = F.layer_norm(total, total.shape[-1:], weight.to(inner), shift, eps)

@@ -44,32 +44,20 @@ def _piece(
 
 
 @triton.jit
-def sum_kernel(
-    x, f, bias, out, size, alpha,
-    H: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """α·x + f + bias of `size` elements, rows of H one after the other."""
-    let_next_start(EARLY)
-    wait_for_last(EARLY)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    branch = tl.load(f + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        branch += tl.load(bias + at % H, mask=mask, other=0.0).to(tl.float32)
-    total = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * alpha + branch
-    tl.store(out + at, total, mask=mask)
+def _vectors(weight, norm_bias, START: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """One piece of the weight and, where there is one, of the norm's bias."""
+    column = START + tl.arange(0, BLOCK)
+    mask = column < H if START + BLOCK > H else tl.full([BLOCK], True, tl.int1)
+    factor = tl.load(weight + column, mask=mask, other=0.0)
+    shift = tl.load(norm_bias + column, mask=mask, other=0.0) if HAS_SHIFT else factor
+    return factor, shift
 
 
 @triton.jit
-def _normed(
-    total, mean, rstd, weight, norm_bias,
-    START: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, HAS_SHIFT: tl.constexpr,
-):  # fmt: skip
-    column = START + tl.arange(0, BLOCK)
-    mask = column < H if START + BLOCK > H else tl.full([BLOCK], True, tl.int1)
-    y = (total - mean) * rstd * tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+def _normed(total, mean, rstd, factor, shift, HAS_SHIFT: tl.constexpr):
+    y = (total - mean) * rstd * factor.to(tl.float32)
     if HAS_SHIFT:
-        y += tl.load(norm_bias + column, mask=mask, other=0.0).to(tl.float32)
+        y += shift.to(tl.float32)
     return y
 
 
@@ -82,6 +70,10 @@ def forward_kernel(
     STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
+    if EARLY:  # read while the last kernel ends
+        factor_a, shift_a = _vectors(weight, norm_bias, 0, A, H, HAS_SHIFT)
+        if B > 0:
+            factor_b, shift_b = _vectors(weight, norm_bias, A, B, H, HAS_SHIFT)
     wait_for_last(EARLY)
     for index in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.full([], 0, tl.int64) + index  # int64 offsets; plain in the interpreter too
@@ -113,12 +105,16 @@ def forward_kernel(
         if not RMS:
             tl.store(means + row, mean)
         tl.store(rstds + row, rstd)
-        y = _normed(a, mean, rstd, weight, norm_bias, 0, A, H, HAS_SHIFT)
+        if not EARLY:
+            factor_a, shift_a = _vectors(weight, norm_bias, 0, A, H, HAS_SHIFT)
+        y = _normed(a, mean, rstd, factor_a, shift_a, HAS_SHIFT)
         tl.store(out + row * H + column_a, y, mask=mask_a)
         if WANT_SUM:
             tl.store(sums + row * H + column_a, a, mask=mask_a)
         if B > 0:
-            y = _normed(b, mean, rstd, weight, norm_bias, A, B, H, HAS_SHIFT)
+            if not EARLY:
+                factor_b, shift_b = _vectors(weight, norm_bias, A, B, H, HAS_SHIFT)
+            y = _normed(b, mean, rstd, factor_b, shift_b, HAS_SHIFT)
             tl.store(out + row * H + column_b, y, mask=mask_b)
             if WANT_SUM:
                 tl.store(sums + row * H + column_b, b, mask=mask_b)

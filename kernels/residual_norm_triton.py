@@ -15,10 +15,9 @@ from torch import Tensor
 from kernels.operation import operation
 from kernels.random import Dropout, active
 from kernels.residual_norm import check
-from kernels.residual_norm_kernels import backward_kernel, column_kernel, forward_kernel, sum_kernel
+from kernels.residual_norm_kernels import backward_kernel, column_kernel, forward_kernel
 from kernels.shared_triton import column_sums, multiprocessors, pieces, starts_early
 
-SUM_BLOCK = 1024  # elements a program of the sum alone
 WIDE = 8192  # rows longer than this take their column sums from column_kernel
 WIDE_ROWS = (16, 8)  # warps a program, programs a multiprocessor of the row kernel there
 WIDE_TILE = (4, 256, 4, 12)  # rows, columns, warps, programs a multiprocessor of column_kernel
@@ -165,28 +164,11 @@ def _derivative(ctx, dout, dsums, _mean, _rstd):
 _forward.differentiate(_derivative, _setup)
 
 
-@operation("tiankong::residual_sum")
-def _sum(x: Tensor, f: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
-    out, hidden = torch.empty_like(x), x.shape[-1]
-    early = starts_early(x.device, x.numel() // hidden)
-    if x.numel():
-        sum_kernel[(triton.cdiv(x.numel(), SUM_BLOCK),)](
-            x, f, bias, out, x.numel(), alpha,
-            H=hidden, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK, EARLY=early, num_warps=4, launch_pdl=early,
-        )  # fmt: skip
-    return out
-
-
-@_sum.fake
-def _(x, f, bias, alpha):
-    return torch.empty_like(x)
-
-
 def residual_norm(
     x: Tensor,
     f: Tensor | None,
     bias: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     norm_bias: Tensor | None,
     *,
     alpha: float = 1.0,
@@ -198,9 +180,6 @@ def residual_norm(
     """norm(α·x + drop(f + bias)) by the Triton kernels; see `kernels.residual_norm.residual_norm`."""
     check(x, f, bias, weight, norm_bias, kind, dropout)
     dropout = active(dropout)
-    if weight is None:
-        assert f is not None
-        return _sum(x.contiguous(), f.contiguous(), None if bias is None else bias.contiguous(), alpha)
     samples, key, first, probability = None, 0, 0, 0.0
     if dropout is not None:
         samples, key, first = dropout.sample_index.contiguous(), dropout.key, dropout.offset

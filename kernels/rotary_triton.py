@@ -37,7 +37,6 @@ def _kernel(
 ):  # fmt: skip
     """Tiles [T tokens, HB heads, P pairs]; part: float32 [ranges, HEADS · D], column sums of the backward."""
     let_next_start(EARLY)
-    wait_for_last(EARLY)
     head = tl.program_id(0) * HB + tl.arange(0, HB)
     pair = tl.arange(0, P)
     axis = pair // AXIS_PAIRS
@@ -58,6 +57,7 @@ def _kernel(
     if HAS_BIAS and not BACKWARD:
         bias_a = tl.load(bias + column_a, mask=place_mask, other=0.0).to(tl.float32)[None, :, :]
         bias_b = tl.load(bias + column_b, mask=place_mask, other=0.0).to(tl.float32)[None, :, :]
+    wait_for_last(EARLY)
     sum_a = tl.zeros([T, HB, P], tl.float32)
     sum_b = tl.zeros([T, HB, P], tl.float32)
     if REST > 0:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
+import kernel_formulas as formulas
 import pytest
 import torch
 
+from kernels.bias_activation import GATED, KINDS
 from kernels.quantised_matmul import quantised_matmul as reference
 from kernels.quantised_weight import dequantise, quantise
 
@@ -34,6 +36,24 @@ def test_the_reference_is_the_product_with_the_spread_weight(shape, rows, group,
     assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5 * max(1.0, shape[-1] ** 0.5))
 
 
+def activated_case(shape, rows, bits, group, dtype, kind, with_bias):
+    x, packed, scale, product = case(shape, rows, bits, group, dtype)
+    # Near the activation's bend, where a sum of many columns would not be.
+    scale, product = scale / 8, product / 8
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(rows)) if with_bias else None
+    wide = None if bias is None else bias.double()
+    return x, packed, scale, bias, formulas.bias_activation(product, wide, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_reference_applies_the_activation(kind, with_bias):
+    x, packed, scale, bias, wanted = activated_case((2, 3, 96), 34, 4, None, torch.float32, kind, with_bias)
+    found = reference(x, packed, scale, bits=4, bias=bias, activation=kind)
+    assert found.shape == (2, 3, 17 if kind in GATED else 34)
+    assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_arguments_are_named():
     x, packed, scale, _ = case((2, 64), 40, 8, None, torch.float32)
     with pytest.raises(ValueError, match="x has 64 columns, the weight 128 of 4 bits"):
@@ -42,6 +62,10 @@ def test_wrong_arguments_are_named():
         reference(x, packed, scale[:3], bits=8)
     with pytest.raises(ValueError, match=r"scale is torch.float32; use torch.float16"):
         reference(x, packed, scale.float(), bits=8)
+    with pytest.raises(ValueError, match="activation='swiglu' needs an even number of rows, not 39"):
+        reference(x, packed[:39], scale[:39], bits=8, activation="swiglu")
+    with pytest.raises(ValueError, match="the bias belongs to the activation"):
+        reference(x, packed, scale, bits=8, bias=torch.zeros(40))
 
 
 if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a process of their own
@@ -60,6 +84,20 @@ if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a pr
         assert found.shape == wanted.shape
         error = (found.double().cpu() - wanted).square().sum().sqrt()
         assert error <= TOLERANCE[dtype] * wanted.square().sum().sqrt()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        "shape, rows, bits, group, with_bias",
+        [((2, 96), 34, 4, None, True), ((1, 160), 70, 8, 32, False), ((7, 64), 40, 4, None, True)],
+    )
+    def test_the_kernel_applies_the_activation(shape, rows, bits, group, with_bias, kind):
+        """Seven rows take a kernel for it of its own."""
+        x, packed, scale, bias, wanted = activated_case(shape, rows, bits, group, torch.float16, kind, with_bias)
+        moved = [None if part is None else part.to(DEVICE) for part in (x, packed, scale, bias)]
+        found = quantised_matmul(*moved[:3], bits=bits, bias=moved[3], activation=kind)
+        assert found.dtype == torch.float16
+        assert found.shape == wanted.shape
+        assert (found.double().cpu() - wanted).norm() <= 1e-3 * wanted.norm()
 
     @pytest.mark.parametrize("bits", [8, 4])
     @pytest.mark.parametrize("group", [None, 32])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data_prep.batch import NUM_GROUPS
 from kernels.random import drop_hidden
 from train.labels import Labels
-from train.model.context import Context, Norm, State, intervals
+from train.model.context import Context, Norm, State, Stream, intervals
 from train.model.parameters import Layout
 from train.model.tensor_parallel import gather_for_all, sum_over_ranks
 
@@ -80,11 +80,15 @@ class Head(nn.Module):
         """EGS alpha at the tied logits; the engine sets it."""
 
     def forward(
-        self, hidden: Tensor, meta: Tensor, sample_index: Tensor, labels: Labels | None = None
+        self, state: Tensor | Stream, meta: Tensor, sample_index: Tensor, labels: Labels | None = None
     ) -> "Tensor | tuple[Tensor, Tensor, Tensor]":
         """A `State`'s parts -> normalised hidden [B,S,H], or with labels what `loss` returns."""
-        if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
+        hidden: Tensor
+        if isinstance(state, Stream):
+            assert self.final_norm is not None
+            hidden = self.final_norm.after(*state)
+        else:
+            hidden = state if self.final_norm is None else self.final_norm(state)
         if self.context.sequence_parallel:
             hidden = gather_for_all(hidden, self.context.mesh.tensor_group)
         return hidden if labels is None else self.loss(hidden, labels)

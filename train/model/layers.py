@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.interval_attention import unpack_heads
 from kernels.random import Dropout, drop_hidden
-from train.model.context import Context, HeadNorm, Norm, State, intervals
+from train.model.context import Context, HeadNorm, Norm, State, Stream, intervals
 from train.model.parameters import Layout
 from train.model.prefix import Prefix, before, layouts_of
 from train.model.tensor_parallel import sum_gradients
@@ -230,11 +230,14 @@ class FeedForward(nn.Module):
             context.cut(f"{name}.dense_4h_to_h.weight", second, 1), context.output_std(inner, model.hidden_size)
         )
         self.second_bias = context.vector(Layout(f"{name}.dense_4h_to_h.bias", second[:1]), wanted=has_bias)
+        self.first_activates = False
+        """Whether what stands in for `first_weight` adds bias and activation itself (`train.model.quantised`)."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B,S,H] -> the second product [B,S,H], its bias not yet added; and x, for the residual."""
         (inner,), x = self.context.column_parallel(x, self.first_weight)
-        inner = self.context.ops.bias_activation(inner, self.first_bias, kind=self.context.model.activation)
+        if not self.first_activates:
+            inner = self.context.ops.bias_activation(inner, self.first_bias, kind=self.context.model.activation)
         out = self.context.row_parallel(inner, self.second_weight)
         self.context.probe.note(f"layers.{self.layer}.ffn", out)
         return out, x
@@ -317,19 +320,33 @@ class PreNormLayer(Layer):
         self.attention_norm = Norm(context, f"layers.{index}.attention_output_norm") if second else None
         self.ffn_norm = Norm(context, f"layers.{index}.mlp_output_norm") if second else None
 
+    def forward(self, hidden: Tensor | Stream, meta: Tensor, sample_index: Tensor) -> Any:
+        """One layer on a `State`'s parts; over a cache it returns a `Stream` in place of hidden states."""
+        if isinstance(hidden, Stream):
+            normed, stream = self.input_norm.after(*hidden, return_sum=True)
+        elif self.attention.cache is None:
+            return super().forward(hidden, meta, sample_index)
+        else:
+            normed, stream = self.input_norm(hidden), hidden
+        return Stream(*self._branches(normed, stream, meta, sample_index)), meta, sample_index
+
     def run(self, hidden: Tensor, meta: Tensor, sample_index: Tensor) -> Tensor:
-        branch, _ = self._kept("attention", self.attention, self.input_norm(hidden), meta, sample_index)
+        stream, branch, bias = self._branches(self.input_norm(hidden), hidden, meta, sample_index)
+        (bias,) = self.context.replicated(bias)
+        branch = branch if bias is None else branch + bias
+        return stream + drop_hidden(branch, self._drop("ffn", hidden, sample_index))
+
+    def _branches(
+        self, normed: Tensor, stream: Tensor, meta: Tensor, sample_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The stream after attention, and the feed-forward branch with its bias, not yet added to it."""
+        branch, _ = self._kept("attention", self.attention, normed, meta, sample_index)
         branch, bias = _normed(self.attention_norm, branch, self.attention.dense_bias)
-        middle, hidden = self.post_norm.after(
-            hidden, branch, bias, dropout=self._drop("attention_output", hidden, sample_index), return_sum=True
+        middle, stream = self.post_norm.after(
+            stream, branch, bias, dropout=self._drop("attention_output", stream, sample_index), return_sum=True
         )
         branch, _ = self._kept("ffn", self.ffn, middle)
-        branch, bias = _normed(self.ffn_norm, branch, self.ffn.second_bias)
-        (bias,) = self.context.replicated(bias)
-        if self.attention.cache is not None:  # generation: no gradient, no dropout
-            total: Tensor = self.context.ops.residual_norm(hidden, branch, bias, None, None)
-            return total
-        return _add(hidden, branch, bias, self._drop("ffn", hidden, sample_index))
+        return stream, *_normed(self.ffn_norm, branch, self.ffn.second_bias)
 
 
 def _normed(norm: Norm | None, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -338,8 +355,3 @@ def _normed(norm: Norm | None, branch: Tensor, bias: Tensor | None) -> tuple[Ten
     (bias,) = norm.context.replicated(bias)
     normed: Tensor = norm(branch if bias is None else branch + bias)
     return normed, None
-
-
-def _add(stream: Tensor, branch: Tensor, bias: Tensor | None, dropout: Dropout | None) -> Tensor:
-    branch = branch if bias is None else branch + bias
-    return stream + drop_hidden(branch, dropout)

@@ -32,17 +32,31 @@ def check_quantise(word: str | None, group_size: int | None) -> None:
 
 
 class QuantisedWeight(nn.Module):
-    """Stands in for a weight [rows, columns]: called with x [..., columns] it gives [..., rows]."""
+    """Stands in for a weight [rows, columns]: called with x [..., columns] it gives [..., rows].
 
-    def __init__(self, weight: Tensor, bits: int, group_size: int | None, multiply: Any) -> None:
+    With an activation, of the product and the bias: see `kernels.quantised_matmul`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        group_size: int | None,
+        multiply: Any,
+        bias: nn.Parameter | None = None,
+        activation: str | None = None,
+    ) -> None:
         super().__init__()
         packed, scale = quantise(weight, bits, group_size=group_size)
-        self.bits, self._multiply = bits, multiply
+        self.bits, self._multiply, self._activation = bits, multiply, activation
+        self.bias = bias
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = self._multiply(x, self.packed, self.scale, bits=self.bits)
+        product: Tensor = self._multiply(
+            x, self.packed, self.scale, bits=self.bits, bias=self.bias, activation=self._activation
+        )
         return product
 
 
@@ -62,8 +76,12 @@ def quantise_model(model: Model, word: str, group_size: int | None, kernel: str)
                     f"quantise_group={group_size} does not divide the {weight.shape[1]} columns of {name}"
                 )
             multiply = resolve("quantised_matmul", kernel, weight.device, weight.dtype)
+            follows: tuple[Any, ...] = ()
+            if isinstance(part, FeedForward) and name == "first_weight":
+                follows = (part.first_bias, part.context.model.activation)
+                part.first_activates = True
             del part._parameters[name]
-            setattr(part, name, QuantisedWeight(weight.detach(), BITS[word], group_size, multiply))
+            setattr(part, name, QuantisedWeight(weight.detach(), BITS[word], group_size, multiply, *follows))
 
 
 def weight_bytes(model: nn.Module) -> int:
