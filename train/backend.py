@@ -257,7 +257,7 @@ def make_mesh(config: Config) -> Mesh:
 def message_groups(mesh: Mesh) -> tuple[Any, Any]:
     """Two more groups of this rank's pipeline, for messages forward and backward: each moves its own in their order.
 
-    All ranks call it together.
+    All ranks call it together. A first message goes over each link, since connecting asks the device for memory.
     """
     found: list[Any] = []
     for _ in range(2):
@@ -269,6 +269,13 @@ def message_groups(mesh: Mesh) -> tuple[Any, Any]:
                 options.config.max_ctas = 4
             group = torch.distributed.new_group(line, pg_options=options)
             found += [group] if mesh.rank in line else []
+    token = torch.zeros(1, device=mesh.device)
+    for group, way in zip(found, (1, -1), strict=True):
+        if 0 <= mesh.stage - way < mesh.pipeline:
+            torch.distributed.recv(token, group=group, group_src=mesh.stage - way)
+        if 0 <= mesh.stage + way < mesh.pipeline:
+            torch.distributed.send(token, group=group, group_dst=mesh.stage + way)
+    synchronize()
     return found[0], found[1]
 
 

@@ -7,9 +7,10 @@ one is. With F, I and W for the three passes of a micro-batch, p stages wait (p-
 (p-1)(F+I+W). Every sum is added up in 1F1B's order, so the numbers are 1F1B's, bit by bit.
 
 Stages, parameters, optimizer and checkpoints are those of DeepSpeed's pipeline engine, and so is the end of the step;
-this module only runs the passes in another order, and never waits for a message before the pass that needs it.
+this module only runs the passes in another order, and waits for a message no sooner than the pass that needs it.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -86,16 +87,18 @@ class ZeroBubble:
         self._states = [self._loaded(batch) for batch in batches]
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
         self._put_off: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        self._arriving: dict[Pass, list[tuple[Any, Tensor]]] = {}
+        self._arriving: list[tuple[Any, Tensor]] = []
+        self._outgoing: tuple[Tensor, ...] = ()
         self._share = 1.0 / len(batches)
         todo = order(self.mesh.stage, self.mesh.pipeline, len(batches), self.put_off)
-        self._receive(todo[0])
-        for number, (kind, micro_batch) in enumerate(todo):
-            # A message comes in while the pass before the one that needs it is under way, and not sooner: a receive
-            # that waits keeps a part of the device.
-            for following in todo[number + 1 : number + 2]:
-                self._receive(following)
-            getattr(self, f"_{kind}")(micro_batch)
+        needy = [one for one in todo if one[0] != "weights"]
+        following = dict(itertools.pairwise(needy))
+        self._exchange(needy[0])
+        for one in todo:
+            kind, number = one
+            getattr(self, f"_{kind}")(number)
+            if kind != "weights":
+                self._exchange(following.get(one))
         while self._sent:
             self._sent.popleft()[0].wait()
 
@@ -106,7 +109,7 @@ class ZeroBubble:
         return tokens, meta, sample_index
 
     def _forward(self, number: int) -> None:
-        state = self._states[number] if self.mesh.first_stage else self._arrived(("forward", number))
+        state = self._states[number] if self.mesh.first_stage else self._arrived()
         assert state is not None
         if not self.mesh.first_stage:
             state[0].requires_grad_()
@@ -114,11 +117,11 @@ class ZeroBubble:
             out = self._engine.module(tuple(state))
         self._live[number] = state[0], out if self.mesh.last_stage else out[0]
         if not self.mesh.last_stage:
-            self._send(self._forwards, self.mesh.stage + 1, *out)
+            self._outgoing = out
 
     def _backward(self, number: int) -> None:
         entered, left = self._live.pop(number)
-        gradient = None if self.mesh.last_stage else self._arrived(("backward", number))[0]
+        gradient = None if self.mesh.last_stage else self._arrived()[0]
         optimizer = self._engine.optimizer
         with self._clock.busy():
             optimizer.clear_lp_grads()
@@ -129,36 +132,37 @@ class ZeroBubble:
             optimizer.update_hp_grads()
         if not self.mesh.first_stage:
             assert entered.grad is not None
-            self._send(self._backwards, self.mesh.stage - 1, entered.grad)
+            self._outgoing = (entered.grad,)
         self._put_off[number] = self._later.take()
 
     def _weights(self, number: int) -> None:
         with self._clock.busy():
             self._later.run(self._put_off.pop(number))
 
-    def _receive(self, wanted: Pass) -> None:
-        """Begin to take in what a pass needs from another stage."""
-        kind, _ = wanted
-        if kind == "forward" and not self.mesh.first_stage:
-            shapes, group, source = self._shapes, self._forwards, self.mesh.stage - 1
-        elif kind == "backward" and not self.mesh.last_stage:
-            shapes, group, source = self._shapes[:1], self._backwards, self.mesh.stage + 1
-        else:
-            return
-        self._arriving[wanted] = [
-            (torch.distributed.irecv(buffer, group=group, group_src=source), buffer)
-            for buffer in (torch.empty(shape, dtype=dtype, device=self.mesh.device) for shape, dtype in shapes)
-        ]
+    def _exchange(self, following: Pass | None) -> None:
+        """Begin to send what the pass just run leaves and to take in what the following one needs.
 
-    def _arrived(self, wanted: Pass) -> list[Tensor]:
-        for work, _ in self._arriving[wanted]:
-            work.wait()  # on a GPU it is the device's queue that waits
-        return [buffer for _, buffer in self._arriving.pop(wanted)]
-
-    def _send(self, group: Any, stage: int, *tensors: Tensor) -> None:
-        """Begin to send; what has arrived meanwhile is let go of."""
+        Both at once and never sooner, as 1F1B pairs them: on a GPU a message that waits for its other end holds up
+        whoever then waits for the whole device, as memory that is asked for and a kernel that is loaded do. With this
+        order every message finds its other end all the same; a receive begun one pass earlier ran into a deadlock.
+        """
+        kind, here = following and following[0], self.mesh
+        comes = (kind == "forward" and not here.first_stage) or (kind == "backward" and not here.last_stage)
+        shapes = (self._shapes if kind == "forward" else self._shapes[:1]) if comes else []
+        # Nothing is allocated between the two.
+        buffers = [torch.empty(shape, dtype=dtype, device=here.device) for shape, dtype in shapes]
+        leaving = [tensor.detach().contiguous() for tensor in self._outgoing]
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
-        for tensor in tensors:
-            whole = tensor.detach().contiguous()
-            self._sent.append((torch.distributed.isend(whole, group=group, group_dst=stage), whole))
+        backwards = len(leaving) == 1
+        for tensor in leaving:
+            group, to = (self._backwards, here.stage - 1) if backwards else (self._forwards, here.stage + 1)
+            self._sent.append((torch.distributed.isend(tensor, group=group, group_dst=to), tensor))
+        group, source = (self._forwards, here.stage - 1) if kind == "forward" else (self._backwards, here.stage + 1)
+        self._arriving = [(torch.distributed.irecv(one, group=group, group_src=source), one) for one in buffers]
+        self._outgoing = ()
+
+    def _arrived(self) -> list[Tensor]:
+        for work, _ in self._arriving:
+            work.wait()  # on a GPU it is the device's queue that waits
+        return [buffer for _, buffer in self._arriving]

@@ -1,5 +1,7 @@
 """Zero bubble: the paper's closed form, and 1F1B's numbers bit by bit in every layout."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.train.parity import curves
@@ -58,6 +60,36 @@ def test_every_stage_does_every_pass_once_and_holds_no_more_than_1f1b() -> None:
                     for end in range(len(passes) + 1)
                 ]
                 assert max(live) <= stages
+
+
+@pytest.mark.unit
+def test_every_message_finds_its_other_end_though_each_stage_waits_for_its_own() -> None:
+    # The worst that memory to be allocated or a kernel to be loaded can do: after each pass a stage waits until what it
+    # sends and what its next pass needs have both passed.
+    for stages in range(2, 9):
+        for count in (1, 2, 3, 8, 17):
+            rounds = [list(messages(stage, stages, count)) for stage in range(stages)]
+            while any(rounds):
+                open_now = [message for todo in rounds for message in (todo[0] if todo else ())]
+                met = {message for message in open_now if open_now.count(message) == 2}
+                left = [[todo[0] - met, *todo[1:]] if todo else [] for todo in rounds]
+                left = [todo[1:] if todo and not todo[0] else todo for todo in left]
+                assert left != rounds, (stages, count)
+                rounds = left
+
+
+def messages(stage: int, stages: int, count: int) -> Iterator[set[tuple[str, int, int]]]:
+    """What a stage has under way after each pass but those of weights: {(kind, the lower stage, micro-batch)}."""
+    passes = [one for one in order(stage, stages, count, stage) if one[0] != "weights"]
+    for before, after in zip([None, *passes], [*passes, None], strict=True):
+        found = set()
+        for one, sends in ((before, True), (after, False)):
+            if one is not None:
+                kind, number = one
+                lower = stage if sends == (kind == "forward") else stage - 1
+                if 0 <= lower < stages - 1:
+                    found.add((kind, lower, number))
+        yield found
 
 
 @pytest.mark.distributed
