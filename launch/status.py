@@ -137,9 +137,8 @@ class Status:
 
 
 def _slowness(straggler: Straggler) -> str:
-    if straggler.cause == "gpu":
-        return f"slow GPU: {straggler.ratio:.2f} of the fastest"
-    return f"slow{' host' if straggler.cause else ''}: {straggler.ratio:.1f} x"
+    cause = {"gpu": " GPU", "host": " host", None: ""}[straggler.cause]
+    return f"slow{cause}: {straggler.how}"
 
 
 def rank_rows(status: Status) -> list[list[str]]:

@@ -132,47 +132,45 @@ def of_hang(ranks: Mapping[int, RankView], seconds: float, stacks: Mapping[int, 
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that holds the others up. cause: gpu or host; none where no kernels are timed."""
+    """A rank that holds the others up. cause: gpu or host; none where no kernels are timed. how: in a few words."""
 
     cause: str | None
-    ratio: float
-    """Of a GPU, its speed beside the fastest one's; else the rank's own time a step over the others'."""
+    how: str
     seen: str
 
 
 def stragglers(ranks: Mapping[int, RankView]) -> dict[int, Straggler]:
     """Ranks whose kernels are slow, and those that need much longer than the median for their own part of a step."""
     found = {}
-    own = _own_ratios(ranks)
+    slow, usual = _slow_hosts(ranks)
     for rank, view in ranks.items():
         speed, who = view.gpu_speed, f"rank {rank} on node {view.node}"
         if speed is not None and speed < SLOW_GPU:
             seen = f"{who}: its GPU is slow: its kernels run at {speed:.2f} of the fastest GPU's speed"
-            found[rank] = Straggler("gpu", speed, seen)
-        elif rank in own:
-            needs = f"needs {own[rank]:.1f} times the others' own time a step"
-            seen = f"{who} {needs}"
-            if speed is not None:
-                seen = (
-                    f"{who}: its host is slow: it {needs}, and its GPU runs at {speed:.2f} of the fastest one's speed"
-                )
-            found[rank] = Straggler(None if speed is None else "host", own[rank], seen)
+            found[rank] = Straggler("gpu", f"{speed:.2f} of the fastest GPU", seen)
+        elif rank in slow:
+            how = f"{slow[rank]:.2f} s a step of its own, the others {usual:.2f} s"
+            if speed is None:
+                found[rank] = Straggler(None, how, f"{who} needs {how}")
+            else:
+                host = f"{who}: its host is slow: it needs {how}"
+                seen = f"{host}; its GPU runs at {speed:.2f} of the fastest one's speed"
+                found[rank] = Straggler("host", how, seen)
     return found
 
 
-def _own_ratios(ranks: Mapping[int, RankView]) -> dict[int, float]:
-    """Own time over the usual one, of the ranks whose own is much longer.
+def _slow_hosts(ranks: Mapping[int, RankView]) -> tuple[dict[int, float], float]:
+    """Own seconds a step of the ranks that need much longer than usual, and the usual ones.
 
-    Two ranks have no usual one: of a time for the device and the host together, none can be said to be too long. On
-    GPUs whose kernels are timed it is the host's alone, and the longer one sets the pace.
+    Two ranks have no usual one where the host computes: the parts of a model differ. On GPUs whose kernels are timed
+    what is left is the host's data alone, and the longer time sets the pace.
     """
     own = {rank: view.own_seconds for rank, view in ranks.items() if view.own_seconds is not None}
     timed = all(ranks[rank].gpu_speed is not None for rank in own)
     if len(own) < (2 if timed else 3):
-        return {}
+        return {}, 0.0
     usual = statistics.median(own.values()) if len(own) > 2 else min(own.values())
-    slow = {rank: time for rank, time in own.items() if time > max(SLOW_RATIO * usual, usual + SLOW_SECONDS)}
-    return {rank: time / max(usual, 1e-9) for rank, time in slow.items()}
+    return {rank: time for rank, time in own.items() if time > max(SLOW_RATIO * usual, usual + SLOW_SECONDS)}, usual
 
 
 def innermost(stacks: str) -> str:

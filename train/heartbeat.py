@@ -61,7 +61,8 @@ class Beat:
     since: float
     """When the phase or the step last changed, or a piece of the phase's work was done (`train.progress`)."""
     own_seconds: float | None
-    """Seconds a step outside of collectives, over the last minute; None before a third of one."""
+    """Seconds a step of the host's own, outside of collectives and of waits for an accelerator, over the last minute;
+    None before a third of one."""
     gpu_speed: float | None
     """Speed of this rank's kernels, of the fastest rank's: the better of the last two measurements; None before, and
     where nothing is measured (`train.kernel_times`)."""
@@ -74,8 +75,13 @@ class Beat:
 class Heartbeat:
     """This rank's beat. `now` says what it does; `start` begins to write; `close` ends it."""
 
-    def __init__(self, run_dir: str | Path, rank: int) -> None:
-        """Notes the time; nothing is written before `start`, when the run folder is known to be ours."""
+    def __init__(self, run_dir: str | Path, rank: int, *, accelerated: bool = False) -> None:
+        """Notes the time; nothing is written before `start`, when the run folder is known to be ours.
+
+        accelerated: an accelerator computes the steps. The host then waits in them for the device, which waits for
+        other ranks, so that all need the slowest one's time: only what comes before a step is its own.
+        """
+        self._own_phases = ("data",) if accelerated else ("data", "step")
         self._folder, self._rank = Path(run_dir), rank
         self._phase, self._step, self._since = "imports", 0, psutil.Process().create_time()
         self._spent: dict[str, float] = {}
@@ -131,7 +137,7 @@ class Heartbeat:
         while not self._stop.wait(SAMPLE_SECONDS):
             self._collective = stacks.collective()
             moment = time.monotonic()
-            if self._collective is None and self._phase in ("data", "step"):
+            if self._collective is None and self._phase in self._own_phases:
                 self._own += moment - last
             last = moment
             if moment >= due:

@@ -3,8 +3,12 @@
 Ranks wait for each other on the device, so a slow GPU makes every host wait alike and step times blame nobody; the time
 a host needs of its own names slow hosts only. What tells them apart is how long the same kernel takes on each GPU. The
 package (nvidia-resiliency-ext, `attribution.straggler`; its sources of 0.5.0 to 0.7.0 are equal) has CUPTI time the
-kernels of a section of code and gives each rank a score: the smallest median time of any rank over its own, for each
-kernel that all ranks ran, weighted by the time spent in it. NCCL's kernels, which wait for other ranks, are left out.
+kernels of a section of code and gives each rank a score: the smallest time of any rank over its own, for each kernel
+that all ranks ran, weighted by the time spent in it. NCCL's kernels, which wait for other ranks, are left out.
+
+A kernel's time is its mean here, where the package takes the median: a GPU that another process takes in turns holds
+few kernels up, each for long. Such a one scored 0.50 by the mean and 0.83 by the median, healthy ones 0.98 and more by
+both (benchmarks/stragglers.md).
 
 One step in `cluster.kernel_times_every_steps` is a section, with a report at its end: one wait for the device and three
 small collectives. The score goes into the beat; who is to blame is `launch.verdict`'s to say.
@@ -25,7 +29,7 @@ from train.heartbeat import Heartbeat
 KEY = "cluster.kernel_times_every_steps"
 INSTALL = "Run pip install --no-deps nvidia-resiliency-ext==0.7.0 (on Python 3.11 ==0.6.0)"
 """Without its dependencies, a web server and gRPC among them: this part of it imports nothing but torch."""
-_DETECTOR = "nvidia_resiliency_ext.attribution.straggler"
+_STRAGGLER = "nvidia_resiliency_ext.attribution.straggler"
 
 
 class KernelTimes:
@@ -59,10 +63,11 @@ def _detector(device: torch.device, every: int) -> Any:
     if device.type == "cpu" or torch.version.cuda is None:
         raise ConfigError(f"{setting} times kernels of NVIDIA GPUs, and this rank runs on {device.type}; set it to 0")
     try:
-        detector = importlib.import_module(_DETECTOR).Detector
+        straggler = importlib.import_module(_STRAGGLER)
     except ImportError as error:
         raise ConfigError(f"{setting} needs NVIDIA's resiliency package: {error}. {INSTALL}, or set it to 0") from error
     try:
+        detector = _by_mean(straggler)
         detector.initialize(scores_to_compute=["relative_perf_scores"], gather_on_rank0=False)
         with detector.detection_section("step"):  # CUPTI may refuse, as where a profiler has taken it
             pass
@@ -72,3 +77,16 @@ def _detector(device: torch.device, every: int) -> Any:
             f"CUDA, {torch.version.cuda}, and no profiler may run beside it. {INSTALL} for CUDA 13, or set it to 0"
         ) from error
     return detector
+
+
+def _by_mean(straggler: Any) -> Any:
+    """The package's detector, which compares medians, with the mean of each kernel's times in their place."""
+    statistic = straggler.Statistic
+
+    class ByMean(straggler.Detector):
+        @classmethod
+        def _get_kernel_summaries(cls) -> Any:
+            kernels = super()._get_kernel_summaries()
+            return {name: {**told, statistic.MED: told[statistic.AVG]} for name, told in kernels.items()}
+
+    return ByMean

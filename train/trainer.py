@@ -57,7 +57,7 @@ def main(config: Config) -> int:
 
     Raises ConfigError, DataError, RunFailed, and Stopped after a save that a signal asked for.
     """
-    heart = Heartbeat(config.run_dir, backend.global_rank())
+    heart = Heartbeat(config.run_dir, backend.global_rank(), accelerated=backend.device().type != "cpu")
     rules.check(config, world_size=backend.world_size())
     dataset = Dataset.open(config.data.path)
     rules.check_vocabulary(config, dataset.tokenizer.vocab_size)

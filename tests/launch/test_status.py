@@ -49,9 +49,9 @@ def run_dir(tmp_path) -> Path:
 def test_the_table_shows_what_is_wrong_first(run_dir):
     status = Status.read(run_dir)
     assert [row[:3] for row in rank_rows(status)] == [
-        ["1", "a", "slow GPU: 0.60 of the fastest"],
+        ["1", "a", "slow GPU: 0.60 of the fastest GPU"],
         ["2", "b", "silent for 1:35"],
-        ["3", "b", "slow host: 3.0 x"],
+        ["3", "b", "slow host: 0.90 s a step of its own, the others 0.30 s"],
         ["0", "a", "ok"],
     ]
     with Console(width=160, record=True, file=open("/dev/null", "w")) as console:

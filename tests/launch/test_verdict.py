@@ -106,8 +106,8 @@ def test_the_rank_that_is_behind_where_hosts_wait_for_their_accelerators():
 def test_stragglers_are_ranks_with_much_more_time_of_their_own():
     ranks = {rank: view(own_seconds=1.0) for rank in range(7)} | {7: view(own_seconds=1.8)}
     (rank, found), *others = stragglers(ranks).items()
-    assert (rank, found.cause, found.ratio, others) == (7, None, pytest.approx(1.8), [])
-    assert found.seen == "rank 7 on node a needs 1.8 times the others' own time a step"
+    assert (rank, found.cause, others) == (7, None, [])
+    assert found.seen == "rank 7 on node a needs 1.80 s a step of its own, the others 1.00 s"
     assert stragglers({0: view(own_seconds=0.001), 1: view(own_seconds=0.001), 2: view(own_seconds=0.02)}) == {}
     assert stragglers({0: view(own_seconds=1.0), 1: view(own_seconds=9.0)}) == {}, "two cannot be compared"
 
@@ -119,12 +119,12 @@ def test_a_slow_gpu_is_told_from_a_slow_host_by_its_kernels():
     assert {rank: one.cause for rank, one in found.items()} == {1: "gpu", 2: "host"}
     assert found[1].seen == "rank 1 on node b: its GPU is slow: its kernels run at 0.62 of the fastest GPU's speed"
     assert found[2].seen == (
-        "rank 2 on node c: its host is slow: it needs 2.5 times the others' own time a step, "
-        "and its GPU runs at 1.00 of the fastest one's speed"
+        "rank 2 on node c: its host is slow: it needs 0.25 s a step of its own, the others 0.10 s; "
+        "its GPU runs at 1.00 of the fastest one's speed"
     )
     assert stragglers({0: view(gpu_speed=1.0), 1: view(gpu_speed=0.76)}) == {}
-    two = {0: view(own_seconds=0.3, gpu_speed=1.0), 1: view(own_seconds=0.1, gpu_speed=0.98)}
-    assert [(rank, one.cause, one.ratio) for rank, one in stragglers(two).items()] == [(0, "host", pytest.approx(3))]
+    two = {0: view(own_seconds=0.3, gpu_speed=1.0), 1: view(own_seconds=0.0, gpu_speed=0.98)}
+    assert {rank: one.cause for rank, one in stragglers(two).items()} == {0: "host"}
     both = {0: two[1], 1: view(own_seconds=0.3, gpu_speed=0.5)}
     assert stragglers(both)[1].cause == "gpu"
 

@@ -136,6 +136,20 @@ def test_time_outside_collectives_is_a_rank_s_own(tmp_path):
     assert heart._own_seconds() == pytest.approx(0.4)
 
 
+@pytest.mark.unit
+@pytest.mark.parametrize("accelerated, own", [(False, True), (True, False)])
+def test_a_step_on_an_accelerator_is_not_the_host_s_own_time(tmp_path, monkeypatch, accelerated, own):
+    monkeypatch.setattr(heartbeat, "SAMPLE_SECONDS", 0.01)
+    heart = Heartbeat(tmp_path, 0, accelerated=accelerated)
+    heart.now("step")
+    heart.start()
+    time.sleep(0.3)
+    assert (heart._own > 0) == own
+    heart.now("data", 1)
+    until(lambda: heart._own > 0.01)
+    heart.close()
+
+
 DUMP = """Thread 0x00007f0000000003 (most recent call first):
   File "/env/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 9 in barrier
   File "/code/train/checkpoint/saver.py", line 5 in wait
