@@ -33,7 +33,7 @@ from kernels.shared_triton import let_next_start, starts_early, wait_for_last
 
 ONE = 0x3F800000  # the bits of 1 in float32
 UPPER, LOWER = 1 << 22, 1 << 18  # sign bits: of INT8 and of INT4's even columns, of INT4's odd columns
-TILE = (8, 2, 12)  # rows of the weight a program, warps, words a lane and row that are on their way
+TILE = (8, 2, 24)  # rows of the weight a program, warps, words a lane and row that are on their way
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _vector_kernel(
 
     upper, lower: the bits of 1 with the sign bit; arguments because an instruction has room for one constant, and the
     mask is that. zero hides from the compiler how the words are aligned: it would give a lane four words of a row and a
-    fourth of the rows, and x would be taken apart four times as often.
+    fourth of the rows, and x would be taken apart four times as often; and that x is read twice.
     """
     EACH: tl.constexpr = 32 // BITS  # columns a word
     WORDS: tl.constexpr = K // EACH
@@ -109,6 +109,12 @@ def _vector_kernel(
     if HAS_BIAS:
         shift = tl.load(bias + row, mask=place < n, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
+    # One value of each 32 bytes of x, all at once: what is read of it piece by piece then lies in the nearest cache.
+    touched = tl.zeros([32], tl.int64)
+    for piece in tl.static_range((K + 511) // 512):
+        sector = piece * 32 + lane
+        touched |= tl.load(x + tl.program_id(1).to(tl.int64) * (K // 4) + sector * 4, mask=sector < K // 16, other=0)
+    to_x += touched.to(tl.int32) & zero
     high = tl.zeros([BN, 32], tl.float32)
     low = tl.zeros([BN, 32], tl.float32)
     high_x = tl.zeros([32], tl.float32)
