@@ -62,6 +62,7 @@ TABLES = {
     "step/graphs_small.csv": "text",
     "parallel/speed.csv": "",
     "parallel/speed_second.csv": "",
+    "parallel/speed_third.csv": "",
 }
 """Whose rows say no shape have this one."""
 PARALLEL = {row.name: row for row in SPEED["3b"] if not row.peer}

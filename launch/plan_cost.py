@@ -339,8 +339,8 @@ class CostModel:
         if self.data <= 1 or parallel.zero_stage == 3:
             return 0.0
         share = (self.data - 1) / self.data
-        gradient = 4 if dtype == "bf16" else self.size
-        reduced = 2 * gradient if parallel.zero_stage < 2 else 0
+        # In bf16 ZeRO 1 scatters its fp32 sums (`train.main_grads`); DeepSpeed's own reduce whole gradients everywhere.
+        reduced = 0 if parallel.zero_stage > 1 else 4 if dtype == "bf16" else 2 * self.size
         gathered = self.size if parallel.zero_stage else 0
         return held * share * (reduced + gathered)
 

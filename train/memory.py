@@ -138,7 +138,7 @@ class Memory:
     master: float
     adam: float
     activations: float
-    """Saved for the backward pass, over all micro-batches in flight."""
+    """Saved for the backward pass, over all micro-batches in flight; operands of products that are put off."""
     working: float
     """One layer's backward pass: what it recomputes, and the gradients inside it."""
     head: float
@@ -220,16 +220,18 @@ def _stage_memory(
         meta = config.micro_batch_size * 8 * (4 * config.sequence_length + 1)
         # Each micro-batch in flight keeps what it received and what it sent; two gradients are on their way.
         buffers += in_flight * (boundary + 2 * meta) + 2 * boundary
+    kept_back = min(stage, micro_batches) if parallel.pipeline_schedule == "zero_bubble" else 0.0
+    held_back = kept_back * layers * _operand_bytes(config, size)
     # The head's gradients are gone when the last layer's backward pass is at its widest, and the other way round.
     working, head = (working, 0.0) if working >= head else (0.0, head)
-    during = state.gradients + in_flight * activations + working + head + buffers
+    during = state.gradients + in_flight * activations + held_back + working + head + buffers
     return Memory(
         stage=stage,
         weights=state.weights,
         gradients=state.gradients,
         master=state.master,
         adam=0.0 if parallel.offload_optimizer else state.adam,
-        activations=in_flight * activations,
+        activations=in_flight * activations + held_back,
         working=working,
         head=head,
         buffers=buffers,
@@ -244,6 +246,15 @@ def _with_overheads(memory: Memory, fragmentation: float, runtime_bytes: float) 
     moving = memory.activations + memory.working + memory.head + memory.buffers
     kinds |= {"fragmentation": fragmentation * moving, "runtime": runtime_bytes}
     return Memory(stage=memory.stage, **kinds)
+
+
+def _operand_bytes(config: Config, size: int) -> float:
+    """What a layer's four products need for their weights' gradients: inputs, and gradients of outputs."""
+    model, tensor = config.model, config.parallel.tensor_parallel
+    dim, inner = head_dim(model), model.ffn_hidden_size * ((2 if model.activation in GATED else 1) + 1)
+    heads = 2 * model.num_heads + 2 * kv_heads(model)
+    slots = config.micro_batch_size * config.sequence_length
+    return slots * size * (4 * model.hidden_size + (heads * dim + inner) / tensor)
 
 
 def _layer_backward_bytes(config: Config, size: int) -> float:
@@ -267,11 +278,9 @@ def _head_bytes(config: Config, size: int, target_share: float) -> float:
 
 def _bucket_bytes(config: Config, held: float, size: int) -> float:
     parallel, dtype = config.parallel, config.precision.dtype
-    if parallel.zero_stage == 0:
-        return 0.0
+    if parallel.zero_stage == 0 or _sums_in_place(dtype, parallel.zero_stage):
+        return 0.0  # sums in fp32 are scattered where they lie
     bucket = min(parallel.reduce_bucket_elements, held)
-    if _sums_in_place(dtype, parallel.zero_stage):
-        return 4.0 * bucket  # a flat copy of the fp32 sums
     buckets = (2 if parallel.overlap_communication else 1) * bucket * size
     if parallel.zero_stage < 3:
         return float(buckets)

@@ -8,11 +8,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
+from kernels.linear import Later
 from tests.train import parity
 from train.arithmetic import stage_parameters
 from train.cli import compose_train
+from train.labels import Labels, inputs
 from train.memory import layer_saved_bytes, memory_by_stage, peak_memory, state_bytes
+from train.mesh import Mesh
+from train.model.build import Model
 
 WIDE = ["model.hidden_size=192", "model.ffn_hidden_size=576", "model.padded_vocab_size=512"]
 """Wide enough that alignment and scalars are small beside the state."""
@@ -169,3 +174,25 @@ def test_activations_are_what_the_fused_kernels_save() -> None:
         assert layer == pytest.approx(predicted, rel=0.01), words
         memory = peak_memory(config, data_parallel=1, micro_batches=1)
         assert whole == pytest.approx(memory.activations, rel=0.08), words
+
+
+@pytest.mark.unit
+def test_a_later_stage_holds_the_operands_of_what_it_puts_off():
+    words = [*parity.OVERRIDES, "precision=bf16", "model.num_kv_heads=2"]
+    config = compose_train(words)
+    model, later = Model(config, Mesh.single(), torch.bfloat16).bfloat16(), Later()
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.main_grad.later = later
+    batch = parity.batch_of(0, config.micro_batch_size)
+    model(inputs(batch), Labels.of(batch))[0].backward()
+    # Query and key-value products share their input.
+    operands = {one.data_ptr(): one.nbytes for x, dout, _ in later.take() for one in (x, dout)}
+    held = sum(operands.values())
+    found = []
+    for schedule in ("1f1b", "zero_bubble"):
+        layout = ["parallel.pipeline_parallel=2", f"parallel.pipeline_schedule={schedule}"]
+        found.append(memory_by_stage(compose_train([*words, *layout]), data_parallel=1, micro_batches=4))
+    first, last = (moved.activations - plain.activations for plain, moved in zip(*found, strict=True))
+    assert first == 0
+    assert last == held / 2
