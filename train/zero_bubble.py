@@ -88,15 +88,16 @@ class ZeroBubble:
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
         self._put_off: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._arriving: list[tuple[Any, Tensor]] = []
-        self._outgoing: tuple[Tensor, ...] = ()
+        self._leaving: list[tuple[Any, int, Tensor]] = []
         self._share = 1.0 / len(batches)
         todo = order(self.mesh.stage, self.mesh.pipeline, len(batches), self.put_off)
         needy = [one for one in todo if one[0] != "weights"]
         following = dict(itertools.pairwise(needy))
         self._exchange(needy[0])
+        run = {"forward": self._forward, "backward": self._backward, "weights": self._weights}
         for one in todo:
             kind, number = one
-            getattr(self, f"_{kind}")(number)
+            run[kind](number)
             if kind != "weights":
                 self._exchange(following.get(one))
         while self._sent:
@@ -117,7 +118,7 @@ class ZeroBubble:
             out = self._engine.module(tuple(state))
         self._live[number] = state[0], out if self.mesh.last_stage else out[0]
         if not self.mesh.last_stage:
-            self._outgoing = out
+            self._leaving = [(self._forwards, self.mesh.stage + 1, tensor.detach().contiguous()) for tensor in out]
 
     def _backward(self, number: int) -> None:
         entered, left = self._live.pop(number)
@@ -132,7 +133,7 @@ class ZeroBubble:
             optimizer.update_hp_grads()
         if not self.mesh.first_stage:
             assert entered.grad is not None
-            self._outgoing = (entered.grad,)
+            self._leaving = [(self._backwards, self.mesh.stage - 1, entered.grad.contiguous())]
         self._put_off[number] = self._later.take()
 
     def _weights(self, number: int) -> None:
@@ -146,21 +147,20 @@ class ZeroBubble:
         whoever then waits for the whole device, as memory that is asked for and a kernel that is loaded do. With this
         order every message finds its other end all the same; a receive begun one pass earlier ran into a deadlock.
         """
-        kind, here = following and following[0], self.mesh
-        comes = (kind == "forward" and not here.first_stage) or (kind == "backward" and not here.last_stage)
-        shapes = (self._shapes if kind == "forward" else self._shapes[:1]) if comes else []
-        # Nothing is allocated between the two.
+        kind, here = following[0] if following else None, self.mesh
+        group, source, shapes = self._forwards, here.stage - 1, self._shapes
+        if kind == "backward":
+            group, source, shapes = self._backwards, here.stage + 1, self._shapes[:1]
+        if kind is None or not 0 <= source < here.pipeline:
+            shapes = []
+        # Nothing is asked for between the first send and the last receive.
         buffers = [torch.empty(shape, dtype=dtype, device=here.device) for shape, dtype in shapes]
-        leaving = [tensor.detach().contiguous() for tensor in self._outgoing]
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
-        backwards = len(leaving) == 1
-        for tensor in leaving:
-            group, to = (self._backwards, here.stage - 1) if backwards else (self._forwards, here.stage + 1)
-            self._sent.append((torch.distributed.isend(tensor, group=group, group_dst=to), tensor))
-        group, source = (self._forwards, here.stage - 1) if kind == "forward" else (self._backwards, here.stage + 1)
+        for way, stage, tensor in self._leaving:
+            self._sent.append((torch.distributed.isend(tensor, group=way, group_dst=stage), tensor))
         self._arriving = [(torch.distributed.irecv(one, group=group, group_src=source), one) for one in buffers]
-        self._outgoing = ()
+        self._leaving = []
 
     def _arrived(self) -> list[Tensor]:
         for work, _ in self._arriving:
