@@ -76,6 +76,8 @@ class ModelConfig:
     """Epsilon inside the norms."""
     deepnorm_alpha: float | None = None
     """Residual scale of deepnorm; null means sqrt(2 * num_layers)."""
+    deepnorm_beta: float | None = None
+    """Gain of deepnorm's initial value, output and FFN matrices; null means 1 / sqrt(2 * num_layers)."""
     positions: str = "rotary_1d"
     """rotary_1d, rotary_2d (half of the dims for the position, half for the block), learned_2d or none."""
     rotary_fraction: float = 1.0

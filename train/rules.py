@@ -291,6 +291,9 @@ def _numbers(config: Config) -> None:
     for key in (*switched, *(f"stability.{name}" for name in counts)):
         if get(config, key) < 0:
             raise ConfigError(f"{key}={get(config, key)} must not be negative; 0 switches it off")
+    for key in ("model.deepnorm_alpha", "model.deepnorm_beta"):
+        if (value := get(config, key)) is not None and not value > 0:
+            raise ConfigError(f"{key}={value} must be more than 0; null means GLM-130B's")
     if optimizer.clip_warmup_steps is not None and optimizer.clip_warmup_steps < 1:
         raise ConfigError(f"optimizer.clip_warmup_steps={optimizer.clip_warmup_steps} must be at least 1")
     if optimizer.clip_decay is not None and not 0 <= optimizer.clip_decay < 1:

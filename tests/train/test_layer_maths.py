@@ -4,7 +4,7 @@ And what the facts of GLM-130B say of sizes: the parameters of every shipped mod
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from unittest import mock
 
@@ -135,6 +135,15 @@ def random_values(model: Model) -> dict[str, Tensor]:
     return values
 
 
+def alike_values(model: Model) -> dict[str, Tensor]:
+    """The initial values, and one direction that every FFN adds: the last layer's slots are all but the same."""
+    values = {layout.name: parameter for layout, parameter in named_layouts(model.parameters())}
+    for name, parameter in values.items():
+        if name.endswith("mlp.dense_4h_to_h.bias"):
+            parameter.data = 10.0 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return values
+
+
 def compare(
     model: ModelConfig,
     settings: Settings,
@@ -142,8 +151,12 @@ def compare(
     *,
     told: ModelConfig | None = None,
     softmax: str | None = None,
-) -> None:
-    """Logits, loss, group sums and gradients of both implementations. told: what the reference takes the model for."""
+    values: Callable[[Model], dict[str, Tensor]] = random_values,
+) -> dict[str, Tensor]:
+    """Logits, loss, group sums and gradients of both implementations. told: what the reference takes the model for.
+
+    values: sets the parameters. Returns them by name.
+    """
     config = Config(
         model=model,
         kernels=kernels,
@@ -152,7 +165,7 @@ def compare(
     )
     ours = Model(config, Mesh.single(), torch.float32)
     ours.set_shrink(settings.lookup_shrink, settings.head_shrink)
-    weights = random_values(ours)
+    weights = values(ours)
     exact = {name: value.detach().double().requires_grad_() for name, value in weights.items()}
     reference, given = Reference(told or model, exact, settings), batch()
 
@@ -180,6 +193,7 @@ def compare(
     (wanted + wanted_z).backward()
     for name, value in exact.items():
         assert relative(weights[name].grad, value.grad) < TOLERANCE, name
+    return weights
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -190,6 +204,13 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("change", MODELS.values(), ids=MODELS.keys())
 def test_logits_loss_and_gradients_are_those_of_float64(change):
     compare(replace(BASE, **change), Settings(), KernelsConfig())
+
+
+def test_gradients_are_right_where_they_all_but_vanish():
+    """What the unigram plateau of a deep DeepNorm model looks like: nearly nothing reaches the lowest layer."""
+    weights = compare(replace(BASE, num_layers=12), Settings(), KernelsConfig(), values=alike_values)
+    low, high = (weights[f"layers.{index}.mlp.dense_4h_to_h.weight"].grad.norm() for index in (0, 11))
+    assert 0 < low < 1e-4 * high
 
 
 @pytest.mark.parametrize(
@@ -282,11 +303,13 @@ def test_every_shipped_model_has_the_parameters_of_the_arithmetic_and_of_the_fac
         assert round(model.padded_vocab_size * model.hidden_size / 1e9, 2) == 1.85
 
 
-def test_initial_values_are_xavier_with_deepnorms_gain_on_value_output_and_ffn():
+@pytest.mark.parametrize("beta", [None, 0.6])
+def test_initial_values_are_xavier_with_deepnorms_gain_on_value_output_and_ffn(beta):
     model = replace(BASE, num_layers=8, hidden_size=256, num_heads=4, ffn_hidden_size=640, padded_vocab_size=1024)
+    model = replace(model, deepnorm_beta=beta)
     built = Model(Config(model=model), Mesh.single(), torch.float32)
     values = {layout.name: parameter.detach() for layout, parameter in named_layouts(built.parameters())}
-    beta = 16**-0.5
+    beta = beta or 16**-0.5
 
     def xavier(rows: int, columns: int) -> float:
         return math.sqrt(2 / (rows + columns))

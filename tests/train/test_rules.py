@@ -127,6 +127,8 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("stability.spike_window", {"stability__spike_window": 8}, None),
     ("stability.spike_sigma", {"stability__spike_sigma": 0.0}, None),
     ("optimizer.clip_decay", {"optimizer__clip_decay": 1.0}, None),
+    ("model.deepnorm_alpha", {"model__deepnorm_alpha": 0.0}, None),
+    ("model.deepnorm_beta", {"model__deepnorm_beta": -1.0}, None),
     ("optimizer.clip_warmup_steps", {"optimizer__clip_warmup_steps": 0}, None),
     ("stability.rewarm_samples", {"stability__rewarm_samples": -1}, None),
     ("stability.events", {"stability__events": [{"action": "lower_lr"}]}, None),

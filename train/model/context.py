@@ -153,7 +153,8 @@ class Context:
             std = (3.0 * model.hidden_size) ** -0.5 if model.init_std is None else model.init_std
         else:
             damped = branch and model.norm_placement == "deepnorm"
-            std = xavier_std(fan_in, fan_out, (2.0 * model.num_layers) ** -0.5 if damped else 1.0)
+            beta = model.deepnorm_beta or (2.0 * model.num_layers) ** -0.5
+            std = xavier_std(fan_in, fan_out, beta if damped else 1.0)
         return std * model.init_scale
 
     def output_std(self, fan_in: int, fan_out: int) -> float:
