@@ -110,7 +110,7 @@ class Context:
 
     @property
     def residual_scale(self) -> float:
-        """DeepNorm's alpha (arXiv 2203.00555, table 1, decoder-only: (2N)^(1/2), GLM-130B's); 1 for the others."""
+        """DeepNorm's alpha (arXiv 2203.00555), GLM-130B's (2N)^(1/2) where the config says none; 1 for the others."""
         if self.model.norm_placement != "deepnorm":
             return 1.0
         return self.model.deepnorm_alpha or (2.0 * self.model.num_layers) ** 0.5
@@ -153,6 +153,7 @@ class Context:
             std = (3.0 * model.hidden_size) ** -0.5 if model.init_std is None else model.init_std
         else:
             damped = branch and model.norm_placement == "deepnorm"
+            # GLM-130B's; the paper's table 1 has (8N)^(-1/4) for decoders, and (2N)^(1/4) for alpha.
             beta = model.deepnorm_beta or (2.0 * model.num_layers) ** -0.5
             std = xavier_std(fan_in, fan_out, beta if damped else 1.0)
         return std * model.init_scale
