@@ -51,7 +51,6 @@ COMMON = [
     *("evaluation.every_steps=20", "evaluation.samples=64", "evaluation.blanks=0", "data.workers=0"),
     "kernels.interval_attention=sdpa",
 ]
-FAST = ["optimizer.lr=3e-3", "schedule.min_lr=3e-4"]
 WIDE = [
     *("model.num_layers=12", "model.hidden_size=128", "model.num_heads=8", "model.ffn_hidden_size=344"),
     *("optimizer.lr=3e-4", "schedule.min_lr=3e-5"),
@@ -61,7 +60,6 @@ VARIANTS: dict[str, list[str]] = {
     "deepnorm": [],
     "pre_norm": ["model.norm_placement=pre"],
     "post_norm": ["model.norm_placement=post"],
-    "sandwich": ["model.norm_placement=sandwich"],
     "beta_1": ["model.deepnorm_beta=1"],
     "beta_0.5": ["model.deepnorm_beta=0.5"],
     "alpha_1": ["model.deepnorm_alpha=1"],
@@ -75,19 +73,12 @@ VARIANTS: dict[str, list[str]] = {
     "no_weight_decay": ["optimizer.weight_decay=0"],
     "clip_0.1": ["optimizer.clip=0.1"],
     "no_biases": ["model.bias=none"],
-    "rms_norm": ["model.norm=rmsnorm"],
     "gelu_not_gated": ["model.activation=gelu"],
     "qk_norm": ["model.qk_norm=true"],
     "no_positions": ["model.positions=none"],
     "init_0.02": ["model.init=normal"],
-    "lr_3e-3": FAST,
-    "lr_3e-3.beta_1": [*FAST, "model.deepnorm_beta=1"],
     "wide": WIDE,
     "wide.beta_1": [*WIDE, "model.deepnorm_beta=1"],
-    "batch_x4": [
-        *("micro_batch_size=64", "global_batch_size=64", "schedule.warmup_samples=3200"),
-        "schedule.decay_samples=128000",
-    ],
 }
 COLUMNS = ["variant", "seed", "left_at", "final_loss", "unigram", "smallest_share", "share_step"]
 COLUMNS += ["smallest_gradient", "gradient_step", "words"]
