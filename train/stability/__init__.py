@@ -6,6 +6,7 @@ guard.py       stands round the optimizer's step: measures, clips, detects, leav
 clipping.py    AdaGC and ZClip
 detector.py    what a spike is
 update_size.py how far a step moves the weights, in every step
+weight_size.py whether a tensor of weights has grown at once
 telemetry.py   norms of gradients, weights, updates and activations, read with the other metrics
 reactions.py   what is done about a spike, one step later; acts at given steps
 stress.py      faults planted on purpose

@@ -26,13 +26,14 @@ from train.stability.groups import Tensors, group_of
 from train.stability.stress import flip
 from train.stability.telemetry import Snapshot, fp16_shares, squares, update_squares
 from train.stability.update_size import UpdateSize
+from train.stability.weight_size import WeightSize
 
 
 @dataclass(frozen=True)
 class Measured:
     """What the guard saw in one step, on the device.
 
-    numbers: float64 [12], `FIELDS`, the same on all ranks. snapshot: telemetry of a measured step, None in the others.
+    numbers: float64 [14], `FIELDS`, the same on all ranks. snapshot: telemetry of a measured step, None in the others.
     infinite: bool [this rank's fragments], where a gradient's norm was not finite (summed over data-parallel ranks).
     """
 
@@ -44,10 +45,11 @@ class Measured:
 FIELDS = (
     *("grad_norm", "embedding_grad_norm", "repetition"),
     *(f"{name}_{of}" for of in ("score", "lasting") for name in SIGNALS),
-    *("left_out", "update_size", "update_times"),
+    *("left_out", "update_size", "update_times", "weight_times", "weight_number"),
 )
 """Norms before the clip; the batch's repetition; the detector's scores of the step and of the last three; left_out: 1
-where it was skipped; how far norms and biases moved, and that over the median of the steps before."""
+where it was skipped; how far norms and biases moved, and that over the median of the steps before; how many times its
+norm of the step before the tensor has that grew most, and its number."""
 
 
 class Guard:
@@ -66,6 +68,7 @@ class Guard:
         self.detector = Detector(stability.spike_window, stability.spike_sigma, mesh.device)
         tuned = bool(config.lora.rank or config.prefix.length)
         self.update_size = UpdateSize(mesh, tuned=tuned)
+        self.weight_size = WeightSize(mesh, self.tensors)
         self.skips = "skip" in stability.reactions
         self.step_number, self.measures = 0, False
         self._fragments: list[Fragment] = []
@@ -118,8 +121,10 @@ class Guard:
             self._numbers = self.tensors.numbers(names, mesh.device)
             self._owned = torch.tensor([float(one.owner) for one in self._fragments], device=mesh.device).double()
             self.update_size.watch(self._fragments)
+            self.weight_size.watch(self._fragments)
         fragments = self._fragments
         gradients = fragment_gradients(self.optimizer, fragments, self.config.parallel.zero_stage)
+        self.weight_size.begin()
         stress = self.config.stability.stress
         if stress.flip_step == self.step_number:
             self._before_change()
@@ -136,7 +141,8 @@ class Guard:
         self.update_size.begin()
         done = self.update(*args, **kwargs)
         embedding = found[self._embedding].sum().sqrt()
-        numbers = torch.stack((total, embedding, repetition, *self._score, left_out, *self.update_size.end()))
+        moved = (*self.update_size.end(), *self.weight_size.end())
+        numbers = torch.stack((total, embedding, repetition, *self._score, left_out, *moved))
         snapshot = None if fp16 is None else self._snapshot(found, fp16, inner, 1.0 - left_out)
         self._seen = Measured(numbers, snapshot, ~mine.isfinite())
         return done
@@ -155,6 +161,7 @@ class Guard:
         if "window" in state:
             self.detector.load(state)
         self.update_size.load(state.get("update_sizes", []))
+        self.weight_size.forget()
         saved = state.get("clipping")
         if self.clipping is not None and saved is not None and len(saved) == len(self.clipping.state):
             self.clipping.state.copy_(torch.tensor(saved, dtype=torch.float64))

@@ -16,9 +16,9 @@ from data_prep.errors import ConfigError
 from train.config import Config
 from train.engine import Engine, StepNumbers
 from train.fragments import set_adam_steps
+from train.stability import update_size, weight_size
 from train.stability.detector import LASTING, SIGNALS
 from train.stability.stress import lr_factor
-from train.stability.update_size import TIMES
 
 Act = dict[str, Any]
 """{id, step, from_sample, action, …}: in effect before `step`, which begins at `from_sample`."""
@@ -104,16 +104,23 @@ class Reactions:
         stability = self.config.stability
         seen_by = {name: [number.seen.get(f"{name}_{of}", 0.0) for of in ("score", "lasting")] for name in SIGNALS}
         over = [name for name, scores in seen_by.items() if max(scores) > stability.spike_sigma]
-        times = number.seen.get("update_times", 0.0) if stability.reactions else 0.0
-        over += ["update_size"] if times > TIMES else []
+        times = [number.seen.get(f"{of}_times", 0.0) if stability.reactions else 0.0 for of in ("update", "weight")]
+        moved, grown = times
+        over += ["update_size"] if moved > update_size.TIMES else []
+        over += ["weight_size"] if grown > weight_size.TIMES else []
         if not over or (self.last_spike and step - self.last_spike <= stability.cooldown_steps):
             return None
         self.last_spike = step
         values = {"loss": number.loss, "grad_norm": number.grad_norm, "repetition": number.seen["repetition"]}
         told = [_seen(name, values[name], seen_by[name], stability.spike_sigma) for name in over if name in values]
-        if times > TIMES:
-            size = number.seen["update_size"]
-            told.append(f"update_size {size:.4g} is {times:.1f} times the median of the steps before it")
+        if moved > update_size.TIMES:
+            told.append(
+                f"update_size {number.seen['update_size']:.4g} is {moved:.1f} times the median of the steps before it"
+            )
+        if grown > weight_size.TIMES and self.engine.guard is not None:
+            name = self.engine.guard.tensors.names[int(number.seen["weight_number"])]
+            size = f"{grown:.3g} times that of the step before" if math.isfinite(grown) else "not finite in fp32"
+            told.append(f"the norm of {name} is {size}")
         # The same step may spike again after a roll-back.
         name = f"spike-{step}-{len(self.roll_backs)}"
         acts = self._decide(step, consumed, name, checkpoint_before) if self._may_act() else []
