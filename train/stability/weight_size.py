@@ -7,7 +7,7 @@ times its norm in the first steps of a warm-up, less in each step after). So a t
 is a spike, and more than from `SMALLEST`: where gradients were too small for Adam's ε, a bias may begin to move late. A
 bit that makes no such difference changes one weight by less than the weights of its tensor together.
 
-It reads the fp32 weights that this rank keeps, once a step: 2 ms for 1.4 billion on an H100.
+It reads the fp32 weights that this rank keeps, once a step: 5.7 GB for 1.4 billion, 2 ms at the rate of an H100.
 """
 
 from collections.abc import Sequence
