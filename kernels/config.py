@@ -20,8 +20,10 @@ class KernelsConfig:
     """Bias and rotary positions on the packed heads: auto | reference | compile | triton."""
 
     interval_attention: str = "auto"
-    """auto | reference | compile | triton | sdpa | flex | unfused. Only `unfused` can run the softmax in
-    half precision or with PB-Relax; it, `reference` and `sdpa` build a mask of sequence_length² elements."""
+    """auto | reference | compile | triton | sdpa | flex | flash4 | unfused. Only `unfused` can run the softmax in
+    half precision or with PB-Relax; it, `reference` and `sdpa` build a mask of sequence_length² elements. `flash4` (a
+    Hopper GPU, the extra of that name) is the fastest on long sequences, its gradients differ in their last bits from
+    run to run."""
 
     linear_cross_entropy: str = "auto"
     """Head and cross entropy: auto | reference | compile | triton."""

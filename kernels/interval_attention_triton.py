@@ -184,7 +184,7 @@ def _(dq, dk, dv, *others):
     return None
 
 
-def _room(q, k, v):
+def gradient_room(q, k, v):
     """Where dq, dk and dv go: into one tensor where q, k and v lie together in one, for `unpack_heads`."""
     if q.shape == k.shape and all(t.stride(2) == 3 * t.shape[3] for t in (q, k, v)):
         return q.new_empty(*q.shape[:3], 3, q.shape[3]).unbind(3)
@@ -201,7 +201,7 @@ def _setup(ctx, inputs, output):
 
 def _derivative(ctx, dout, _lse, _tops):
     saved = ctx.saved_tensors  # once: under activation checkpointing it recomputes
-    dq, dk, dv = _room(*saved[:3])
+    dq, dk, dv = gradient_room(*saved[:3])
     _backward(dq, dk, dv, dout.contiguous(), *saved, *ctx.options)
     return dq, dk, dv, *(None,) * 9
 

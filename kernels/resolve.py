@@ -54,7 +54,7 @@ class Implementation:
         interpreted = self.needs == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         if self.devices != ANY and device.type not in self.devices and not interpreted:
             return f"does not run on {device.type}"
-        if self.needs and importlib.util.find_spec(self.needs) is None:
+        if self.needs and not _installed(self.needs):
             return f"needs the package {self.needs}"
         if dtype not in self.dtypes:
             return f"does not take {dtype}"
@@ -69,6 +69,13 @@ class Implementation:
         if chosen:
             function = functools.partial(function, **chosen)
         return _compiled(function) if self.compiled else function
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it is a part of
+        return False
 
 
 @functools.cache
@@ -126,6 +133,13 @@ TABLE: dict[str, Operations] = {
             ),
             "flex": Implementation(
                 f"{_ATTENTION}_flex:interval_attention", frozenset({"softcap", "lse"}), CUDA, HALF | {torch.float32}
+            ),
+            "flash4": Implementation(
+                f"{_ATTENTION}_flash4:interval_attention",
+                frozenset({"lse"}),
+                CUDA,
+                frozenset({torch.bfloat16}),
+                needs="flash_attn.cute",
             ),
             "unfused": Implementation(
                 f"{_ATTENTION}:unfused_attention",

@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.residual_norm": ("auto", "reference", "compile", "triton"),
     "kernels.bias_activation": ("auto", "reference", "compile", "triton"),
     "kernels.rotary": ("auto", "reference", "compile", "triton"),
-    "kernels.interval_attention": ("auto", "reference", "compile", "triton", "flex", "unfused", "sdpa"),
+    "kernels.interval_attention": ("auto", "reference", "compile", "triton", "flex", "flash4", "unfused", "sdpa"),
     "kernels.linear_cross_entropy": ("auto", "reference", "compile", "triton"),
     "kernels.embedding": ("auto", "reference", "compile"),
     "kernels.decode_attention": ("auto", "reference", "triton"),
