@@ -18,11 +18,12 @@ from kernels.config import KernelsConfig
 from tests.train.float64_reference import Reference, Settings
 from train import arithmetic
 from train.cli import compose_train
-from train.config import Config, LossConfig, ModelConfig, StabilityConfig
+from train.config import Config, LossConfig, ModelConfig
 from train.labels import Labels, inputs
 from train.mesh import Mesh
 from train.model import parameters
 from train.model.build import Model, named_layouts
+from train.stability.config import StabilityConfig
 
 pytestmark = pytest.mark.unit
 

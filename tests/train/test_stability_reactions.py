@@ -22,8 +22,8 @@ from tests.train.test_resume import lines, started, steps_written, wait_for
 from train.checkpoint import read
 from train.checkpoint.select import checkpoint_steps, step_folder
 from train.cli import compose_train
-from train.config import StressConfig
 from train.model.parameters import split
+from train.stability.config import StressConfig
 from train.stability.detector import SMALLEST_DEVIATION, Detector
 from train.stability.reactions import Reactions
 from train.stability.stress import NGRAM, flipped, local_index, poisoned

@@ -1,5 +1,6 @@
 """The stability laboratory: what a run shows of itself, what it does when it spikes, and how to make it spike.
 
+config.py      the schema of stability.*
 gradients.py   the reduced gradients of a rank, whatever ZeRO stage holds them
 groups.py      the model's tensors by name, and the groups whose norms are shown
 guard.py       stands round the optimizer's step: measures, clips, detects, leaves an update out

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from data_prep.batch import Batch
 from data_prep.order import mix
-from train.config import StressConfig
 from train.fragments import Fragment
 from train.model.parameters import Layout
+from train.stability.config import StressConfig
 
 NGRAM = 4
 """Pieces that a sample poisoned by `repeat` says over and over."""
