@@ -41,6 +41,7 @@ def test_the_kernels_lists_hold_each_visible_block_once(monkeypatch, mask, queri
                     assert column not in unmasked or (tile.all() and tile.shape[1] == 16)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not HERE, reason="needs flash-attn-4 and a Hopper GPU")
 @pytest.mark.parametrize("mask", ["causal", "full", "prefix", "one", "random"])
 def test_attention(mask):
@@ -57,6 +58,7 @@ def test_attention(mask):
         assert error_ratio(got, want) < 1e-2
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not HERE, reason="needs flash-attn-4 and a Hopper GPU")
 def test_gradients_of_packed_heads_lie_in_one_tensor():
     packed = leaf(2, 256, 4, 3, 128, seed=1).detach().to(DEVICE, torch.bfloat16).requires_grad_()
