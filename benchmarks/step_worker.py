@@ -427,6 +427,7 @@ OURS: dict[str, tuple[str, ...]] = {
         "parallel.activation_checkpointing=ffn",
         "parallel.activation_checkpointing_every_layers=2",
     ),
+    "tiankong_flash4": ("kernels=flash4",),
     "tiankong_references": ("kernels=reference",),
     "tiankong_compiled_references": ("kernels=compile",),
 }
