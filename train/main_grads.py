@@ -41,7 +41,10 @@ def attach(engine: Any) -> None:
 
 
 class _AllRanks:
-    """DeepSpeed's view of the ranks, but that a norm is summed over all of them."""
+    """DeepSpeed's view of the ranks, but that a norm is summed over all of them.
+
+    So all leave a step out where a gradient is infinite on one data-parallel rank alone, by a flipped bit.
+    """
 
     def __init__(self, mpu: Any) -> None:
         self._mpu = mpu

@@ -24,18 +24,6 @@ def fragment_gradients(optimizer: Any, fragments: Sequence[Fragment], zero_stage
     return [found[id(one.parameter)].view(-1).narrow(0, 0, one.master.numel()) for one in fragments]
 
 
-def agree_on_overflow(optimizer: Any, gradients: Sequence[Tensor], norm: Tensor) -> None:
-    """Make every rank's gradients non-finite where the norm of the whole model's does not fit fp32.
-
-    norm: of all ranks' gradients, the same on each of them. DeepSpeed's bf16 optimizer leaves a step out by the norm
-    that the rank itself computes in fp32: a gradient that is infinite on one data-parallel rank alone, by a flipped
-    bit, would end the step there while the others wait for it in the update. The other optimizers agree by themselves.
-    """
-    if gradients and hasattr(optimizer, "fp32_groups_gradient_dict"):
-        # 0 or NaN. The factor ends the step on all ranks a little before it can end on one.
-        gradients[0][:1] += (16.0 * norm.float()).square() * 0.0
-
-
 def _own(fragment: Fragment) -> Tensor:
     parameter = fragment.parameter
     if parameter.grad is None:

@@ -21,7 +21,7 @@ from train.mesh import Mesh
 from train.model.build import Model, named_layouts
 from train.stability.clipping import Clipping
 from train.stability.detector import SIGNALS, Detector
-from train.stability.gradients import agree_on_overflow, fragment_gradients
+from train.stability.gradients import fragment_gradients
 from train.stability.groups import Tensors, group_of
 from train.stability.stress import flip
 from train.stability.telemetry import Snapshot, fp16_shares, squares, update_squares
@@ -136,7 +136,6 @@ class Guard:
             factors = self.clipping.factors(found.sqrt()).to(torch.float32)[self._numbers]
             torch._foreach_mul_(gradients, list(factors.unbind()))
         total = found.sum().sqrt()
-        agree_on_overflow(self.optimizer, gradients, total)
         left_out = self._detect(loss, total, repetition, inner)
         self.update_size.begin()
         done = self.update(*args, **kwargs)
