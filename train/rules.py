@@ -34,6 +34,7 @@ def check(config: Config, *, world_size: int | None = None) -> None:
     check_shape(config)
     _lora(config)
     _prefix(config)
+    _kernels(config)
     _numbers(config)
     _stability(config)
     if world_size is not None:
@@ -261,6 +262,16 @@ def _prefix(config: Config) -> None:
         raise ConfigError(
             f"prefix.length={length} needs the whole model in each replica; use parallel.pipeline_parallel=1 and "
             "parallel.zero_stage of 2 or less"
+        )
+
+
+def _kernels(config: Config) -> None:
+    model = config.model
+    dim, kv_heads = model.head_dim or model.hidden_size // model.num_heads, model.num_kv_heads or model.num_heads
+    if config.kernels.interval_attention == "flash4" and (dim != 128 or kv_heads != model.num_heads):
+        raise ConfigError(
+            f"kernels.interval_attention=flash4 takes heads of 128, as many for keys and values as for queries, not "
+            f"{model.num_heads} heads of {dim} over {kv_heads}; use auto"
         )
 
 

@@ -39,6 +39,7 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("prefix.length", {"prefix__length": -1}, None),
     ("prefix.length", {"prefix__length": 4, "lora__rank": 2}, None),
     ("prefix.length", {"prefix__length": 4, "parallel__zero_stage": 3}, None),
+    ("kernels.interval_attention", {"kernels__interval_attention": "flash4"}, None),
     ("parallel.cuda_graphs", {"parallel__cuda_graphs": True}, None),
     ("parallel.overlap_tensor", {"parallel__overlap_tensor": True}, None),
     ("parallel.pipeline_schedule", {"parallel__pipeline_schedule": "zero_bubble"}, None),
