@@ -64,7 +64,6 @@ def measure(config: Config, dataset: Dataset) -> Costs:
     # One layer stands for all of them, and nothing is divided.
     config.model.num_layers = 1
     config.parallel.one_stage(tensor_parallel=1)
-    config.parallel.sequence_parallel = False
     mesh = Mesh.single(backend.device())
     dtype = DTYPES[config.precision.dtype]
     model = Model(config, mesh, dtype).to(dtype)  # parameters are made in fp32

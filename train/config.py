@@ -162,6 +162,7 @@ class ParallelConfig:
     def one_stage(self, tensor_parallel: int) -> None:
         """Divide the model over so many tensor-parallel ranks and nothing else."""
         self.tensor_parallel, self.pipeline_parallel, self.layers_per_stage = tensor_parallel, 1, []
+        self.sequence_parallel, self.overlap_tensor, self.pipeline_schedule = False, False, "1f1b"
 
 
 @dataclass

@@ -133,6 +133,18 @@ def test_the_search_keeps_the_rules_and_finds_what_nobody_beats():
     assert follows_slides(found.best[0], cluster)
 
 
+def test_what_needs_a_layout_is_left_out_of_the_others():
+    words = ["model=1b", "cluster=h100", "cluster.nodes=1", "cluster.gpus_per_node=4", "global_batch_size=32"]
+    tensor, pipeline = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"
+    words += [tensor, pipeline, "parallel.sequence_parallel=true"]
+    plain = planned(*words)
+    moved = planned(*words, "parallel.overlap_tensor=true", "parallel.pipeline_schedule=zero_bubble")
+    searches = [search(one, planner.cluster_of(one), planner.shares_of(one)) for one in (plain, moved)]
+    layouts = [{one.layout for one in found.best} for found in searches]
+    assert layouts[0] == layouts[1]
+    assert {(1, 1), (2, 1), (1, 2), (2, 2)} <= layouts[1]
+
+
 def test_what_the_search_leaves_out_is_never_the_fastest():
     """Against every combination, on two devices so small that recomputation and host memory are needed."""
     words = ["model=1b", "cluster=h100", "cluster.nodes=1", "cluster.gpus_per_node=2", "planner.memory_gib=16"]

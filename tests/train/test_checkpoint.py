@@ -3,8 +3,10 @@
 import itertools
 import json
 import random
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -210,12 +212,19 @@ def test_end_stages_hold_one_layer_fewer(layers: int, stages: int) -> None:
         assert sizes[0] == min(sizes)
 
 
-def test_weights_of_a_sequence_parallel_run_load_in_one_process(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel": 2, "sequence_parallel": "true", "overlap_tensor": "true"},
+        {"pipeline_parallel": 2, "pipeline_schedule": "zero_bubble"},
+    ],
+)
+def test_weights_of_any_layout_load_in_one_process(layout: dict[str, Any], tiny_run: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(find(tiny_run), tmp_path / "step"))
     text = (folder / "config.yaml").read_text()
-    for key, value in (("sequence_parallel: false", "true"), ("tensor_parallel: 1", "2")):
-        assert key in text
-        text = text.replace(key, f"{key.partition(':')[0]}: {value}")
+    for key, value in layout.items():
+        text, count = re.subn(rf"^(  {key}): .*", rf"\1: {value}", text, flags=re.MULTILINE)
+        assert count == 1
     (folder / "config.yaml").write_text(text)
     manifest = read_manifest(folder)
     manifest["files"]["config.yaml"] = {
@@ -225,3 +234,4 @@ def test_weights_of_a_sequence_parallel_run_load_in_one_process(tiny_run: Path, 
     write_manifest(folder, manifest)
     trained = load_trained(folder, torch.device("cpu"))
     assert not trained.model.context.sequence_parallel
+    assert trained.config.parallel.pipeline_schedule == "1f1b"

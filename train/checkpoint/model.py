@@ -51,8 +51,7 @@ def load_trained(
         raise DataError(f"{problem}; restore the file, or give another step's folder as checkpoint=")
     config = read_config(folder / "config.yaml")
     config.parallel.one_stage(mesh.tensor)
-    config.parallel.activation_checkpointing, config.parallel.sequence_parallel = "none", False
-    config.parallel.activation_checkpointing_every_layers = 1
+    config.parallel.activation_checkpointing, config.parallel.activation_checkpointing_every_layers = "none", 1
     reader, config.lora = MergedReader(folder, config.lora), LoraConfig()
     dtype = DTYPES[config.precision.dtype]
     if device.type == "cpu":
