@@ -74,7 +74,7 @@ class Implementation:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the package that it is a part of
+    except ImportError:  # of the package that it is a part of, which is missing or broken
         return False
 
 

@@ -55,6 +55,17 @@ def test_errors_name_the_key():
         resolve("residual_norm", "reference", "cpu", torch.int8)
 
 
+@pytest.mark.parametrize("content", [None, "raise ImportError('undefined symbol')"])
+def test_a_package_that_is_missing_or_broken_is_named(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    if content is not None:
+        (tmp_path / "flash_attn").mkdir()
+        (tmp_path / "flash_attn" / "__init__.py").write_text(content)
+    with pytest.raises(KernelError, match=r"attention=flash4: flash4 needs the package flash_attn\.cute; use "):
+        resolve("interval_attention", "flash4", "cuda", torch.bfloat16)
+
+
 def test_a_choice_is_logged_once(caplog):
     kernels.resolve._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="kernels.resolve"):
