@@ -15,7 +15,6 @@ In place of that, a run of 60 steps with `parallel.cuda_graphs=true`: what the r
 import argparse
 import itertools
 import json
-import math
 import platform
 import statistics
 import sys
@@ -148,7 +147,7 @@ def main() -> int:
             status, _, said = run(["-m", WORKER, "graphs", str(file)], {})
             result["kernels_seen"] = said if status else json.loads(file.read_text())
             print(json.dumps({"kernels_seen": result["kernels_seen"]}), flush=True)
-    finite = json.loads(json.dumps(result), parse_constant=lambda _: math.inf)
+    finite = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has neither infinity nor NaN
     options.output.write_text(json.dumps(finite, indent=1) + "\n")
     shown = ("as_expected", "seconds_a_step", "loading_seconds", "report_seconds", "own_seconds", "events")
     print(json.dumps({key: result.get(key) for key in shown}), flush=True)

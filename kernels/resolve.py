@@ -37,8 +37,9 @@ class KernelError(ValueError):
 class Implementation:
     """Where an implementation lives and what it can do.
 
-    target: "module:function". features: those it has, or ANY. devices: device types, or ANY. switches: features that
-    are passed on to the function as keywords set to True.
+    target: "module:function". features: those it has, or ANY. devices: device types, or ANY. capability: the major
+    compute capability of the GPUs that it runs on, None for any. switches: features that are passed on to the function
+    as keywords set to True.
     """
 
     target: str
@@ -46,6 +47,7 @@ class Implementation:
     devices: frozenset[str] = ANY
     dtypes: frozenset[torch.dtype] = frozenset(ALL_FLOATS)
     needs: str | None = None
+    capability: int | None = None
     switches: tuple[str, ...] = ()
     compiled: bool = False
 
@@ -56,6 +58,10 @@ class Implementation:
             return f"does not run on {device.type}"
         if self.needs and not _installed(self.needs):
             return f"needs the package {self.needs}"
+        if self.capability and torch.cuda.is_available():
+            found = torch.cuda.get_device_capability(device)
+            if found[0] != self.capability:
+                return f"needs a GPU of compute capability {self.capability}.x, not {found[0]}.{found[1]}"
         if dtype not in self.dtypes:
             return f"does not take {dtype}"
         missing = sorted(features - self.features) if self.features != ANY else []
@@ -140,6 +146,7 @@ TABLE: dict[str, Operations] = {
                 CUDA,
                 frozenset({torch.bfloat16}),
                 needs="flash_attn.cute",
+                capability=9,  # its lists of blocks were compiled and held to the reference for Hopper only
             ),
             "unfused": Implementation(
                 f"{_ATTENTION}:unfused_attention",

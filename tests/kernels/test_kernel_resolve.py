@@ -14,7 +14,7 @@ import yaml
 
 import kernels.resolve
 from kernels.config import KernelsConfig
-from kernels.resolve import TABLE, KernelError, resolve
+from kernels.resolve import TABLE, KernelError, choose, resolve
 
 pytestmark = pytest.mark.unit
 CONFIGS = Path(__file__).parents[2] / "configs" / "kernels"
@@ -64,6 +64,16 @@ def test_a_package_that_is_missing_or_broken_is_named(content, tmp_path, monkeyp
         (tmp_path / "flash_attn" / "__init__.py").write_text(content)
     with pytest.raises(KernelError, match=r"attention=flash4: flash4 needs the package flash_attn\.cute; use "):
         resolve("interval_attention", "flash4", "cuda", torch.bfloat16)
+
+
+def test_a_gpu_of_another_kind_is_named(monkeypatch):
+    monkeypatch.setattr(kernels.resolve, "_installed", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(KernelError, match=r"flash4 needs a GPU of compute capability 9\.x, not 8\.0; use "):
+        resolve("interval_attention", "flash4", "cuda", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose("interval_attention", "flash4", "cuda", torch.bfloat16) == "flash4"
 
 
 def test_a_choice_is_logged_once(caplog):

@@ -124,7 +124,9 @@ class Guard:
             self.weight_size.watch(self._fragments)
         fragments = self._fragments
         gradients = fragment_gradients(self.optimizer, fragments, self.config.parallel.zero_stage)
-        self.weight_size.begin()
+        judged = bool(self.config.stability.reactions)
+        if judged:
+            self.weight_size.begin()
         stress = self.config.stability.stress
         if stress.flip_step == self.step_number:
             self._before_change()
@@ -140,7 +142,8 @@ class Guard:
         self.update_size.begin()
         done = self.update(*args, **kwargs)
         embedding = found[self._embedding].sum().sqrt()
-        moved = (*self.update_size.end(), *self.weight_size.end())
+        grown = self.weight_size.end() if judged else torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        moved = (*self.update_size.end(), *grown)
         numbers = torch.stack((total, embedding, repetition, *self._score, left_out, *moved))
         snapshot = None if fp16 is None else self._snapshot(found, fp16, inner, 1.0 - left_out)
         self._seen = Measured(numbers, snapshot, ~mine.isfinite())
