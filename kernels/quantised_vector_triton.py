@@ -73,6 +73,28 @@ def _four(to_x, lane, CHUNK: tl.constexpr, WORDS: tl.constexpr):
     return tl.load(to_x)
 
 
+@triton.jit
+def _touched(row_of_x, lane, K: tl.constexpr):
+    """One value of each 32 bytes of a row of x, all at once: what is read of it later lies in the nearest cache."""
+    touched = tl.zeros([32], tl.int64)
+    for piece in tl.static_range((K + 511) // 512):
+        sector = piece * 32 + lane
+        touched |= tl.load(row_of_x + sector * 4, mask=sector < K // 16, other=0)
+    return touched.to(tl.int32)
+
+
+@triton.jit
+def _activated(result, KIND: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr):
+    """float32 [BN], or [BN / 2] of pairs of a value and its gate."""
+    if GATE:
+        value, gate = tl.split(tl.reshape(result, [BN // 2, 2]))
+        gate, _ = activated(gate, KIND)
+        result = value * gate
+    elif KIND >= 0:
+        result, _ = activated(result, KIND)
+    return result
+
+
 @triton.jit(do_not_specialize=["zero"])
 def _vector_kernel(
     x, packed, scale, bias, out, n, upper, lower, zero,
@@ -100,7 +122,8 @@ def _vector_kernel(
     row_mask = (place < n)[:, None]
     lane = tl.arange(0, 32)
     to_w = packed + zero + row[:, None].to(tl.int64) * WORDS + lane[None, :]
-    to_x = x + tl.program_id(1).to(tl.int64) * (K // 4) + lane * (EACH // 4)
+    row_of_x = x + tl.program_id(1).to(tl.int64) * (K // 4)
+    to_x = row_of_x + lane * (EACH // 4)
     ahead = (_words(to_w, row_mask, lane, 0, WORDS),)
     for chunk in tl.static_range(1, AHEAD):
         ahead += (_words(to_w, row_mask, lane, chunk, WORDS),)  # type: ignore[assignment]
@@ -109,12 +132,7 @@ def _vector_kernel(
     if HAS_BIAS:
         shift = tl.load(bias + row, mask=place < n, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
-    # One value of each 32 bytes of x, all at once: what is read of it piece by piece then lies in the nearest cache.
-    touched = tl.zeros([32], tl.int64)
-    for piece in tl.static_range((K + 511) // 512):
-        sector = piece * 32 + lane
-        touched |= tl.load(x + tl.program_id(1).to(tl.int64) * (K // 4) + sector * 4, mask=sector < K // 16, other=0)
-    to_x += touched.to(tl.int32) & zero
+    to_x += _touched(row_of_x, lane, K) & zero
     high = tl.zeros([BN, 32], tl.float32)
     low = tl.zeros([BN, 32], tl.float32)
     high_x = tl.zeros([32], tl.float32)
@@ -158,15 +176,10 @@ def _vector_kernel(
         result *= whole_scale
     if HAS_BIAS:
         result += shift
+    result = _activated(result, KIND, GATE, BN)
+    slot = place
     if GATE:
-        value, gate = tl.split(tl.reshape(result, [BN // 2, 2]))
         slot = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
-        gate, _ = activated(gate, KIND)
-        result = value * gate
-    else:
-        slot = place
-        if KIND >= 0:
-            result, _ = activated(result, KIND)
     tl.store(out + tl.program_id(1).to(tl.int64) * n + slot, result, mask=slot < n)
 
 

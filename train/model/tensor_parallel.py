@@ -150,8 +150,8 @@ def column_parallel(
     """x times this rank's rows of each weight [out / ranks, in]: a [B,S,out / ranks] for each; and x again.
 
     x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights, with
-    `beside` while this rank's rows are multiplied. handing_on: whether the products may add their gradients of x to
-    that reader's, in place (`kernels.linear.linear_and_input`).
+    `beside` while this rank's rows are multiplied. handing_on: whether the products may add their gradients of x in
+    place to that of who reads it next (`kernels.linear.linear_and_input`).
     """
     if group is not None and all(isinstance(weight, Tensor | LowRank) for weight in weights):
         return _with_ranks(x, weights, group, sequence, beside), x
