@@ -335,7 +335,8 @@ def distance(curve: Sequence[float], base: Sequence[float]) -> float:
 
 FIELDS = [
     *("shape", "row", "world", "micro_batch", "micro_batches", "tokens_per_second", "x_one_gpu", "mfu", "model_tflops"),
-    *("step_ms", "spread", "memory_gib", "parameters", "first_loss", "last_loss", "seconds", "reason"),
+    *("step_ms", "spread", "memory_gib", "allocated_gib", "parameters"),
+    *("first_loss", "last_loss", "seconds", "reason"),
 ]
 SPLIT = [
     *("shape", "row", "rank", "step_ms", "compute", "exposed_collectives", "exposed_sends", "idle"),

@@ -123,7 +123,8 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
     model = step_worker.glm(shape, 1, 1).model
     flops = flops_per_token(model, shape.slots)
     mfu = model_flops_utilization(rate * flops, backend.device_name(), "bf16", world)
-    memory = torch.tensor(torch.cuda.max_memory_reserved() / 2**30 if gpu else 0.0, device=backend.device())
+    peaks = (torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()) if gpu else (0, 0)
+    memory = torch.tensor([peak / 2**30 for peak in peaks], device=backend.device())
     distributed.all_reduce(memory, op=distributed.ReduceOp.MAX)
     parts: list[Any] = [None] * world
     clocks.append(time.monotonic())
@@ -135,7 +136,8 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
         "model_tflops": round(rate * flops / world / 1e12, 2),
         "step_ms": round(1e3 * seconds, 2),
         "spread": f"{min(times) / seconds:.3f}-{max(times) / seconds:.3f}",
-        "memory_gib": round(float(memory), 2) if gpu else None,
+        "memory_gib": round(float(memory[0]), 2) if gpu else None,
+        "allocated_gib": round(float(memory[1]), 2) if gpu else None,
         "first_loss": round(first, 4),
         "last_loss": round(last, 4),
         # Building, steps that do not count, steps that do, the traced one.

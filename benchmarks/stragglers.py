@@ -137,7 +137,11 @@ def main() -> int:
     parser.add_argument("dataset")
     parser.add_argument("output", type=Path)
     options, overrides = parser.parse_known_args()
-    result = {"command": sys.argv, "date": time.strftime("%Y-%m-%d"), **versions()}
+    result = {
+        "command": " ".join(["python -m benchmarks.stragglers", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        **versions(),
+    }
     with tempfile.TemporaryDirectory() as folder:
         if overrides[:1] == ["graphs"]:
             result |= graphs(Path(folder), options.dataset, overrides[1:])
