@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import DataConfig, PrepConfig, TokenizerConfig
-from data_prep.prepare import prepare
 from train.checkpoint.select import find
 
 
 @pytest.fixture(scope="session")
 def chat(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     """Instructions in both languages, in the tokens of the run that they are to tune."""
+    from data_prep.prepare import prepare  # a machine that only trains runs tests too, and has no datatrove
+
     folder = tmp_path_factory.mktemp("chat")
     lines = [{"text": f"问：{n}加{n}是多少？", "answer": f"是{2 * n}。"} for n in range(150)]
     (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
