@@ -250,7 +250,9 @@ class Trainer:
         """Go back to the checkpoint that a reaction chose, and go on past what it skips."""
         assert self._rolls_back is not None
         target, self._rolls_back = target_of(self._rolls_back), None
+        self.heart.now("checkpoint")
         self._resume(read.choose(self.mesh, self.run_dir, target))
+        self.heart.now("data", self.step)
 
     def _checkpoint_before(self, step: int) -> tuple[int, int] | None:
         """Where a roll-back from `step` goes."""

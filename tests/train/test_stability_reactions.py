@@ -27,6 +27,7 @@ from train.stability.config import StressConfig
 from train.stability.detector import SMALLEST_DEVIATION, Detector
 from train.stability.reactions import Reactions
 from train.stability.stress import NGRAM, flipped, local_index, poisoned
+from train.trainer import Trainer
 
 POISON = ["stability.stress.poison_samples=[103,115]", "stability.spike_window=16", "optimizer.lr=5e-3"]
 """Steps 26 to 28 of the tiny run train on garbage; by then it knows enough to be surprised."""
@@ -333,6 +334,17 @@ def test_a_roll_back_past_another_undoes_its_acts() -> None:
         assert found.go_on_from(300) == []
         assert found.learning_rate(301, 0, 1.0) == 0.5
         assert found.roll_backs == ["spike-306", "spike-302"]
+
+
+@pytest.mark.unit
+def test_a_roll_back_says_what_it_is_at() -> None:
+    """It loads, then the samples from there on are read: both take long, and neither is a rank that reads numbers."""
+    seen = mock.Mock()
+    going_back = mock.Mock(heart=seen, _resume=seen.resume, _rolls_back=_roll_back_to(16, 20), step=16)
+    with mock.patch.object(read, "choose"):
+        Trainer._roll_back(going_back)
+    names = [(name, *arguments) if name == "now" else name for name, arguments, _ in seen.mock_calls]
+    assert names == [("now", "checkpoint"), "resume", ("now", "data", 16)]
 
 
 def _gone_back(layout: list[str], run_dir: str) -> tuple[Curve, Curve]:
