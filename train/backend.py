@@ -315,7 +315,9 @@ def make_plain_engine(config: Config, mesh: Mesh, optimizer_for: Any) -> tuple[A
             mpu=mesh.grid,
             dist_init_required=False,
         )
-    attach(engine)
+    scatter = attach(engine, list(model.items))
+    # A collective that is captured goes off in every micro-batch.
+    model.scatter = None if config.parallel.cuda_graphs else scatter
     if config.parallel.cuda_graphs:
         if mesh.device.type == "cpu" and mesh.rank == 0:
             logger.warning("parallel.cuda_graphs has no effect on a CPU")
@@ -337,7 +339,9 @@ def make_pipeline_engine(config: Config, mesh: Mesh, optimizer_for: Any, loss_of
             config=_settings(config, mesh, model),
             dist_init_required=False,
         )
-    attach(engine)
+    scatter = attach(engine, list(model.items), model.tied_weight())
+    # With zero bubble a layer's sums are not whole when its backward pass is over.
+    model.scatter = None if config.parallel.pipeline_schedule == "zero_bubble" else scatter
     return engine, model
 
 
@@ -374,7 +378,7 @@ def _settings(config: Config, mesh: Mesh, model: Model) -> dict[str, Any]:
     parallel, precision, clip_kind = config.parallel, config.precision, config.optimizer.clip_kind
     elements = sum(parameter.numel() for parameter in model.parameters())
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
-    # DeepSpeed's bf16 optimizer, its pipeline and ZeRO 0 reduce at the end whatever is asked.
+    # DeepSpeed's pipeline and ZeRO 0 reduce at the end whatever is asked; in bf16 `train.scatter` reduces for ZeRO 1.
     fused_end = parallel.zero_stage == 0 or mesh.pipeline > 1
     fused_end |= parallel.zero_stage == 1 and precision.dtype == "bf16"
     overlaps = parallel.overlap_communication and mesh.device.type != "cpu" and not fused_end

@@ -153,8 +153,8 @@ class ParallelConfig:
     allgather_bucket_elements: int = 500_000_000
     """Elements of a parameter all-gather bucket."""
     overlap_communication: bool = False
-    """Reduce gradients while the backward pass goes on: one stage, on accelerators, zero_stage 2 or 3 (1 too, but not
-    in bf16). Elsewhere it has no effect, and a warning says so."""
+    """Reduce gradients while the backward pass goes on: one stage, on accelerators, zero_stage 1 to 3. In bf16 with
+    zero_stage 1 that is done unasked. Elsewhere it has no effect, and a warning says so."""
     cuda_graphs: bool = False
     """Launch each micro-batch's layers as one CUDA graph forward and one backward: faster wherever the host, not the
     device, sets the pace (small models, tensor parallelism). One stage, bf16, zero_stage 1; on a CPU without effect."""

@@ -24,6 +24,7 @@ from train.labels import Labels, inputs
 from train.memory import whole_micro_batches
 from train.mesh import Mesh
 from train.model.build import DTYPES
+from train.model.context import State
 from train.optimizer import make_optimizer
 from train.out_of_memory import out_of_memory
 from train.progress import alive
@@ -107,6 +108,8 @@ class Engine:
         self.model.set_shrink(shrink, shrink if self.config.stability.shrink_head else 1.0)
         scale, skipped_before = self.loss_scale, self.deepspeed.skipped_steps
         self._clear()
+        if self.model.scatter is not None:
+            self.model.scatter.begin(len(batches))
         if self.guard is not None:
             repetition = sum(batch.repetition() for batch in batches if batch is not None)
             self.guard.begin(len(batches), self._losses[0], scale, repetition)
@@ -306,20 +309,24 @@ class PlainEngine(Engine):
         return backend.make_plain_engine(self.config, self.mesh, self._optimizer)
 
     def _train(self, batches: Sequence[Batch | None]) -> None:
-        for number, batch in enumerate(batches):
+        # All before the first pass: such a copy waits for what the device was given before it, and the host with it.
+        loaded = [self._load(batch) for batch in batches]
+        for number, given in enumerate(loaded):
             # Said each time, since a ramped batch size would upset DeepSpeed's own counting.
             self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            self.deepspeed.backward(self._loss(batch))
+            self.deepspeed.backward(self._loss(*given))
             self.deepspeed.step()
 
     def _evaluate(self, batches: Sequence[Batch | None]) -> None:
         for batch in batches:
-            self._loss(batch)
+            self._loss(*self._load(batch))
 
-    def _loss(self, batch: Batch | None) -> Tensor:
+    def _load(self, batch: Batch | None) -> tuple[State, Labels]:
         assert batch is not None
-        state = tuple(t.to(self.mesh.device, non_blocking=True) for t in inputs(batch))
-        return self._note(*self.deepspeed(state, Labels.of(batch).to(self.mesh.device)))
+        return inputs(batch, self.mesh.device), Labels.of(batch).to(self.mesh.device)
+
+    def _loss(self, state: State, labels: Labels) -> Tensor:
+        return self._note(*self.deepspeed(state, labels))
 
 
 class PipelineEngine(Engine):
@@ -337,12 +344,12 @@ class PipelineEngine(Engine):
 
     def _train(self, batches: Sequence[Batch | None]) -> None:
         with self.clock.step(len(batches)):
+            # All before the first pass, as in the plain engine.
+            loaded = list(self._feed(batches) or ())
             if self.zero_bubble is None:
-                self.deepspeed.train_batch(self._feed(batches))
+                self.deepspeed.train_batch(iter(loaded) if self.needs_batches else None)
             else:
-                if self.mesh.last_stage:
-                    self._labels.extend(Labels.of(batch).to(self.mesh.device) for batch in batches if batch is not None)
-                self.zero_bubble.step(batches)
+                self.zero_bubble.step([state for state, _ in loaded] or [None] * len(batches))
 
     def waiting(self) -> dict[str, float]:
         return self.clock.read()
@@ -353,19 +360,19 @@ class PipelineEngine(Engine):
         )
 
     def _loss(self, hidden: Tensor) -> Tensor:
-        return self._note(*self.model.head.loss(hidden, self._labels.popleft().to(self.mesh.device)))
+        return self._note(*self.model.head.loss(hidden, self._labels.popleft()))
 
-    def _feed(self, batches: Sequence[Batch | None]) -> Iterator[tuple[tuple[Tensor, ...], tuple[()]]] | None:
+    def _feed(self, batches: Sequence[Batch | None]) -> Iterator[tuple[State | None, tuple[()]]] | None:
         """What DeepSpeed loads, micro-batch by micro-batch; the last stage's labels wait in order of their loading."""
         if not self.needs_batches:
             return None
 
-        def feed() -> Iterator[tuple[tuple[Tensor, ...], tuple[()]]]:
+        def feed() -> Iterator[tuple[State | None, tuple[()]]]:
             for batch in batches:
                 assert batch is not None
                 if self.mesh.last_stage:
-                    self._labels.append(Labels.of(batch))
-                yield inputs(batch), ()
+                    self._labels.append(Labels.of(batch).to(self.mesh.device))
+                yield inputs(batch, self.mesh.device) if self.mesh.first_stage else None, ()
 
         return feed()
 

@@ -38,10 +38,17 @@ class Labels:
         return self.rows, self.targets, self.loss_weight, self.groups
 
     def to(self, device: torch.device) -> "Labels":
-        """The same on another device, without waiting."""
+        """The same on another device; the copy waits for what the device was given before (see `inputs`)."""
         return Labels(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
 
 
-def inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """What the first stage needs: tokens int64 [B,S], meta int64 [B,4,S], sample_index int64 [B]."""
-    return batch.tokens, batch.meta(), batch.sample_index
+def inputs(batch: Batch, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first stage needs: tokens int64 [B,S], meta int64 [B,4,S], sample_index int64 [B].
+
+    device: where to. Copies from memory that is not pinned stand behind the device's queue and may hold up the host, so
+    a step makes all of them before its first pass.
+    """
+    tokens, meta, sample_index = batch.tokens, batch.meta(), batch.sample_index
+    if device is None:
+        return tokens, meta, sample_index
+    return tuple(tensor.to(device, non_blocking=True) for tensor in (tokens, meta, sample_index))  # type: ignore[return-value]

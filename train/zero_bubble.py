@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.batch import Batch
 from kernels.linear import Later
 from train.bubble import StageClock
 from train.config import Config
-from train.labels import inputs
 from train.mesh import Mesh
 from train.model.build import DTYPES
 from train.model.context import State
@@ -73,24 +71,26 @@ class ZeroBubble:
             for parameter in group:
                 parameter.main_grad.later = self._later if wanted else None
 
-    def step(self, batches: Sequence[Batch | None]) -> None:
-        """All passes of a step, then DeepSpeed's own reduction and update."""
-        self.passes(batches)
+    def step(self, states: Sequence[State | None]) -> None:
+        """All passes of a step, then DeepSpeed's own reduction and update.
+
+        states: of its micro-batches on this device, None each on stages behind the first.
+        """
+        self.passes(states)
         self._engine._exec_reduce_tied_grads()
         self._engine._exec_reduce_grads()
         self._engine._exec_optimizer_step()
 
-    def passes(self, batches: Sequence[Batch | None]) -> None:
+    def passes(self, states: Sequence[State | None]) -> None:
         """Forward and backward passes; the gradients are in their fp32 sums afterwards."""
         self._engine.module.train()
-        # Copied before anything is queued: a copy from the host stands behind the device's queue.
-        self._states = [self._loaded(batch) for batch in batches]
+        self._states = states
         self._live: dict[int, tuple[Tensor, Tensor]] = {}
         self._put_off: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._arriving: list[tuple[Any, Tensor]] = []
         self._leaving: list[tuple[Any, int, Tensor]] = []
-        self._share = 1.0 / len(batches)
-        todo = order(self.mesh.stage, self.mesh.pipeline, len(batches), self.put_off)
+        self._share = 1.0 / len(states)
+        todo = order(self.mesh.stage, self.mesh.pipeline, len(states), self.put_off)
         needy = [one for one in todo if one[0] != "weights"]
         following = dict(itertools.pairwise(needy))
         self._exchange(needy[0])
@@ -102,12 +102,6 @@ class ZeroBubble:
                 self._exchange(following.get(one))
         while self._sent:
             self._sent.popleft()[0].wait()
-
-    def _loaded(self, batch: Batch | None) -> State | None:
-        if batch is None or not self.mesh.first_stage:
-            return None
-        tokens, meta, sample_index = (tensor.to(self.mesh.device, non_blocking=True) for tensor in inputs(batch))
-        return tokens, meta, sample_index
 
     def _forward(self, number: int) -> None:
         state = self._states[number] if self.mesh.first_stage else self._arrived()

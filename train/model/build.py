@@ -20,6 +20,7 @@ from train.model.lora import add_lora
 from train.model.parameters import Layout, layout_of
 from train.model.prefix import is_prefix
 from train.model.probe import Probe
+from train.scatter import Scatter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """`precision.dtype` as torch has it."""
@@ -103,6 +104,8 @@ class Model(nn.Module):
         self.flags: Tensor | None = None
         self.graphs: Callable[[Callable[[State], State], State], State] | None = None
         """Runs the layers by graphs while training, where the engine put it (`train.layer_graphs`)."""
+        self.scatter: Scatter | None = None
+        """Told how far a backward pass has come, where the engine put it."""
         self.items = nn.ModuleList(self._item(index) for index in range(self.start, self.stop))
         if config.lora.rank:
             add_lora(self, self.context, config.lora)
@@ -156,7 +159,12 @@ class Model(nn.Module):
         first = state[0] if isinstance(state, tuple) else state
         self._count(0, position, first.detach())
         if first.requires_grad:
-            first.register_hook(lambda gradient: self._count(1, position, gradient))
+            first.register_hook(lambda gradient: self._returned(position, gradient))
+
+    def _returned(self, position: int, gradient: Tensor) -> None:
+        self._count(1, position, gradient)
+        if self.scatter is not None:
+            self.scatter.passed(position)
 
     def _count(self, row: int, position: int, values: Tensor) -> None:
         assert self.flags is not None
