@@ -46,6 +46,8 @@ TOY = {
     "model=34m": "model=mini",
     "precision=fp16": "precision=bf16",
     "kernels.interval_attention=triton": "kernels.interval_attention=reference",
+    "model.hidden_size=1024": "model.hidden_size=128",
+    "model.ffn_hidden_size=2752": "model.ffn_hidden_size=352",
 }
 
 

@@ -123,10 +123,20 @@ def plan(size: Size, seeds: Sequence[int]) -> list[Run]:
         for norm in ("deepnorm", "post", "pre", "sandwich", "peri")
     }
     add("norms", 250, norms, "experiment=stability/norms", *BF16)
+
+    formats = {"bf16": [], "fp8": ["precision.fp8=true"]}
+    kinds = {
+        f"{norm}.{name}": [f"model.norm_placement={norm}", *words]
+        for norm in ("deepnorm", "pre")
+        for name, words in formats.items()
+    }
+    add("fp8", 800, kinds, *base, f"evaluation.every_steps={size.steps(200)}", *WIDE)
     return runs
 
 
 BF16 = ("precision=bf16", "parallel.cuda_graphs=true")
+WIDE = ("model.hidden_size=1024", "model.ffn_hidden_size=2752")
+"""117 M parameters."""
 COMMON = [
     *("model=34m", "parallel.zero_stage=1", "optimizer.lr=3e-4", "schedule.min_lr=3e-5", "schedule.warmup_samples=800"),
     *("kernels.interval_attention=triton", "evaluation.samples=256", "evaluation.blanks=0"),

@@ -377,7 +377,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 # ---- where the time goes ----
 
 PARTS = {
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul"),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::_scaled_mm"),
+    "rounding to FP8": ("tiankong::fp8", "_Linear"),
     "attention": ("tiankong::interval_attention",),
     "norm": ("tiankong::residual_norm",),
     "activation": ("tiankong::bias_activation",),
@@ -427,6 +428,7 @@ OURS: dict[str, tuple[str, ...]] = {
         "parallel.activation_checkpointing=ffn",
         "parallel.activation_checkpointing_every_layers=2",
     ),
+    "tiankong_fp8": ("precision.fp8=true",),
     "tiankong_flash4": ("kernels=flash4",),
     "tiankong_references": ("kernels=reference",),
     "tiankong_compiled_references": ("kernels=compile",),

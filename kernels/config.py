@@ -35,6 +35,9 @@ class KernelsConfig:
     """Attention of one new token over the key-value cache (generation, with `stability.softmax` in float32):
     auto | reference | triton."""
 
+    fp8_product: str = "auto"
+    """Products of precision.fp8: auto | reference (e4m3 values multiplied in float32) | triton (Hopper GPUs)."""
+
     quantised_matmul: str = "auto"
     """Products with INT8 and INT4 weights, with the feed-forward layer's activation (`quantise=` of train.generate and
     train.evaluate): auto | reference | compile | triton."""

@@ -11,15 +11,23 @@ between steps. Without it W gets its gradient as ever.
 
 Where x is read by a residual too, two gradients of x meet. `linear_and_input` hands x on, so that the gradient that
 comes back by it is there when dy W is made, and the product adds it: x's gradient is rounded once, and written once.
+
+`multiply` computes y and dx in place of PyTorch's product (`kernels.fp8_product`): called with x and W, and with dy and
+Wᵀ. dW is made from x and dy as they are. What has no gradient does without it: evaluation and generation see the
+product of the weights as they are stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""x [..., in] and weight [out, in] to x Wᵀ [..., out], without a gradient."""
 
 
 class Later:
@@ -73,55 +81,68 @@ def weight_gradient(x: Tensor, dout: Tensor, total: Tensor | None) -> Tensor | N
     return None
 
 
+def forward_product(x: Tensor, weight: Tensor, multiply: Multiply | None) -> Tensor:
+    """x [..., in] times weight [out, in], where autograd does not look: [..., out]."""
+    return F.linear(x, weight) if multiply is None else multiply(x, weight)
+
+
+def input_gradient(dout: Tensor, weight: Tensor, multiply: Multiply | None) -> Tensor:
+    """dout [..., out] times weight [out, in]: [..., in]."""
+    return dout @ weight if multiply is None else multiply(dout, weight.t())
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, multiply: Multiply | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.total = main_grad(weight)
-        return F.linear(x, weight)
+        ctx.total, ctx.multiply = main_grad(weight), multiply
+        return forward_product(x, weight, multiply)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        dx = dout @ weight if ctx.needs_input_grad[0] else None
-        return dx, weight_gradient(x, dout, ctx.total) if ctx.needs_input_grad[1] else None
+        dx = input_gradient(dout, weight, ctx.multiply) if ctx.needs_input_grad[0] else None
+        return dx, weight_gradient(x, dout, ctx.total) if ctx.needs_input_grad[1] else None, None
 
 
 class _LinearAndInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, multiply: Multiply | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
-        ctx.total = main_grad(weight)
+        ctx.total, ctx.multiply = main_grad(weight), multiply
         ctx.set_materialize_grads(False)
-        return F.linear(x, weight), x.view_as(x)
+        return forward_product(x, weight, multiply), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dpassed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dout: Tensor, dpassed: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0] and dpassed is None:
-            dx = dout @ weight
+            dx = input_gradient(dout, weight, ctx.multiply)
         elif ctx.needs_input_grad[0] and dpassed is not None:
             dx = dpassed.contiguous()
-            dx.view(-1, dx.shape[-1]).addmm_(dout.flatten(0, -2), weight)
-        return dx, weight_gradient(x, dout, ctx.total) if ctx.needs_input_grad[1] else None
+            if ctx.multiply is None:
+                dx.view(-1, dx.shape[-1]).addmm_(dout.flatten(0, -2), weight)
+            else:
+                dx += ctx.multiply(dout, weight.t())
+        return dx, weight_gradient(x, dout, ctx.total) if ctx.needs_input_grad[1] else None, None
 
 
-def linear_and_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def linear_and_input(x: Tensor, weight: Tensor, multiply: Multiply | None = None) -> tuple[Tensor, Tensor]:
     """`linear(x, weight)`, and x [..., in] for who reads it next: the product adds its gradient of x to that reader's.
 
     It adds in place: the reader must make its gradient of x anew, as `residual_norm` does for every alpha but 1, and
     nothing may keep it. A weight without `main_grad` gets a product as ever, and x is handed back itself.
     """
     if main_grad(weight) is None or not torch.is_grad_enabled():
-        return F.linear(x, weight), x
-    result: tuple[Tensor, Tensor] = _LinearAndInput.apply(x, weight)
+        return linear(x, weight, multiply), x
+    result: tuple[Tensor, Tensor] = _LinearAndInput.apply(x, weight, multiply)
     return result
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, multiply: Multiply | None = None) -> Tensor:
     """x [..., in] times weight [out, in]: [..., out]; the weight's gradient goes to its `main_grad` if it has one."""
-    if main_grad(weight) is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or (multiply is None and main_grad(weight) is None):
         return F.linear(x, weight)
-    result: Tensor = _Linear.apply(x, weight)
+    result: Tensor = _Linear.apply(x, weight, multiply)
     return result

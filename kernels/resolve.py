@@ -24,6 +24,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 Operation = Callable[..., Any]
+BF16 = frozenset({torch.bfloat16})
 HALF = frozenset({torch.float16, torch.bfloat16})
 ALL_FLOATS = HALF | {torch.float32, torch.float64}
 ANY = frozenset({"*"})
@@ -124,6 +125,13 @@ TABLE: dict[str, Operations] = {
         op: Operations({name: one for name, one in _triple(op, frozenset()).items() if not one.compiled}, FAST)
         for op in ("decode_attention", "greedy_step")
     },
+    "fp8_product": Operations(
+        {
+            "reference": Implementation("kernels.fp8_product:fp8_product", frozenset()),
+            "triton": Implementation("kernels.fp8_product_triton:fp8_product", frozenset(), CUDA, BF16, needs="triton"),
+        },
+        {"cuda": ("triton",)},  # the reference there would be slower than no FP8, and nobody would know
+    ),
     "linear_cross_entropy": Operations(
         _triple("linear_cross_entropy", frozenset({"tensor_parallel", "z_loss", "softcap"})), FAST
     ),
@@ -144,7 +152,7 @@ TABLE: dict[str, Operations] = {
                 f"{_ATTENTION}_flash4:interval_attention",
                 frozenset({"lse"}),
                 CUDA,
-                frozenset({torch.bfloat16}),
+                BF16,
                 needs="flash_attn.cute",
                 capability=9,  # its lists of blocks were compiled and held to the reference for Hopper only
             ),

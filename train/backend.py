@@ -33,7 +33,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from data_prep.errors import ConfigError
-from train.config import Config
+from kernels import fp8_product
+from train.config import Config, PrecisionConfig
 from train.layer_graphs import LayerGraphs
 from train.main_grads import attach
 from train.mesh import Mesh
@@ -76,13 +77,18 @@ def device_name() -> str:
     return kind if kind == "cpu" or named is None else str(named())
 
 
-def check_precision(dtype: str) -> None:
-    """Raise ConfigError where the device cannot train in this dtype."""
-    accelerator = get_accelerator()
+def check_precision(precision: PrecisionConfig) -> None:
+    """Raise ConfigError where the device cannot train in these formats."""
+    accelerator, dtype = get_accelerator(), precision.dtype
     if dtype == "fp16" and not accelerator.is_fp16_supported():
         raise ConfigError(f"precision.dtype=fp16: {device_name()} lacks it; use precision=bf16 or precision=fp32")
     if dtype == "bf16" and not accelerator.is_bf16_supported():
         raise ConfigError(f"precision.dtype=bf16: {device_name()} lacks it; use precision=fp16 or precision=fp32")
+    if precision.fp8 and not fp8_product.runs_on(device()):
+        raise ConfigError(
+            f"precision.fp8=true: {device_name()} lacks it; use an NVIDIA GPU from Hopper on (H100, H200), or "
+            "precision=bf16"
+        )
 
 
 def memory() -> dict[str, int]:

@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.embedding": ("auto", "reference", "compile"),
     "kernels.decode_attention": ("auto", "reference", "triton"),
     "kernels.greedy_step": ("auto", "reference", "triton"),
+    "kernels.fp8_product": ("auto", "reference", "triton"),
     "kernels.quantised_matmul": ("auto", "reference", "compile", "triton"),
 }
 """The words a key may hold."""
@@ -223,6 +224,10 @@ class PrecisionConfig:
 
     dtype: str = MISSING
     """fp32, bf16 or fp16: weights in the forward pass, activations and communication."""
+    fp8: bool = False
+    """With bf16, on Hopper GPUs: the layers' products of values rounded to e4m3, forward and for the inputs' gradients.
+    Gradients of weights, attention, embedding, head, and all that runs without gradients (evaluation, generation) stay
+    in bf16. mfu stays a share of the bf16 peak."""
     loss_scale: float = 0.0
     """fp16: a fixed loss scale; 0 means dynamic."""
     loss_scale_initial_power: int = 16

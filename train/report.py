@@ -132,7 +132,8 @@ def _header(run: Run) -> str:
     setting = run.setting
     sizes = f"{setting('model.num_layers', '?')} layers × {setting('model.hidden_size', '?')}"
     parts = [f"{setting('model.name', 'model')}, {sizes}", f"sequence {setting('sequence_length', '?')}"]
-    parts += [f"batch {setting('global_batch_size', '?')}", str(setting("precision.dtype", ""))]
+    products = ", products in FP8" if setting("precision.fp8") else ""
+    parts += [f"batch {setting('global_batch_size', '?')}", f"{setting('precision.dtype', '')}{products}"]
     environment = run.environment
     ranks = environment.get("world_size", 1)
     where = f"{ranks} rank{'s' if ranks != 1 else ''} on {environment.get('device', 'an unknown device')}"

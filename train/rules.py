@@ -10,6 +10,8 @@ LORA_TARGETS = ("qkv", "dense", "ffn")
 """The words of lora.targets."""
 REACTIONS = ("warn", "skip", "roll_back", "lower_lr", "lower_shrink", "reset_loss_scale", "reset_optimizer")
 """What stability.reactions may hold."""
+FP8_UNIT = 16
+"""`kernels.fp8_product.UNIT`, without torch."""
 _BASE = {"step": "number", "action": "word"}
 EVENTS: dict[str, dict[str, str]] = {
     "lower_lr": {**_BASE, "factor": "number", "rewarm_samples": "samples"},
@@ -45,6 +47,7 @@ def check_shape(config: Config) -> None:
     """Rules of the model, its layout and its batch alone: what the planner tries. Raises ConfigError."""
     _model(config.model)
     _parallel(config)
+    _fp8(config)
     _batch(config)
 
 
@@ -273,6 +276,38 @@ def _kernels(config: Config) -> None:
             f"kernels.interval_attention=flash4 takes heads of 128, as many for keys and values as for queries, not "
             f"{model.num_heads} heads of {dim} over {kv_heads}; use auto"
         )
+
+
+def _fp8(config: Config) -> None:
+    """FP8 products: from bf16, of matrices whose sides on a rank are multiples of 16."""
+    model, parallel = config.model, config.parallel
+    if not config.precision.fp8:
+        return
+    wrong = {
+        "precision.dtype": (config.precision.dtype, config.precision.dtype != "bf16", "bf16"),
+        "parallel.overlap_tensor": (parallel.overlap_tensor, parallel.overlap_tensor, "false"),
+        "lora.rank": (config.lora.rank, config.lora.rank > 0, "0"),
+        "prefix.length": (config.prefix.length, config.prefix.length > 0, "0"),
+    }
+    for key, (value, refused, right) in wrong.items():
+        if refused:
+            raise ConfigError(f"precision.fp8=true does not go with {key}={value}; use {right}, or precision.fp8=false")
+    ranks, dim = parallel.tensor_parallel, model.head_dim or model.hidden_size // model.num_heads
+    sides = {
+        "model.hidden_size": model.hidden_size,
+        "model.num_heads": model.num_heads * dim / ranks,
+        "model.ffn_hidden_size": model.ffn_hidden_size / ranks,
+    }
+    if model.num_kv_heads and model.num_kv_heads != model.num_heads:
+        shared = model.num_kv_heads % ranks  # then each rank computes all of them
+        sides["model.num_kv_heads"] = 2 * model.num_kv_heads * dim / (1 if shared else ranks)
+    for key, size in sides.items():
+        if size % FP8_UNIT:
+            raise ConfigError(
+                f"precision.fp8=true needs matrices with sides of a multiple of {FP8_UNIT} on each of "
+                f"parallel.tensor_parallel={ranks} ranks, but {key}={get(config, key)} gives {size:g}; change it, or "
+                "use precision.fp8=false"
+            )
 
 
 def _numbers(config: Config) -> None:

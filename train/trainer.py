@@ -61,7 +61,7 @@ def main(config: Config) -> int:
     rules.check(config, world_size=backend.world_size())
     dataset = Dataset.open(config.data.path)
     rules.check_vocabulary(config, dataset.tokenizer.vocab_size)
-    backend.check_precision(config.precision.dtype)
+    backend.check_precision(config.precision)
     logging.basicConfig(level=logging.INFO if backend.global_rank() == 0 else logging.ERROR, format="%(message)s")
     # A kernel that cannot run here is a setting like another: found before a run folder is made.
     operations(config, backend.device(), DTYPES[config.precision.dtype])

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_decode_attention.py", "test_flash4.py", "test_greedy_step.py", "test_quantised_matmul.py")
+FILES = (
+    "test_decode_attention.py",
+    "test_flash4.py",
+    "test_fp8_product.py",
+    "test_greedy_step.py",
+    "test_quantised_matmul.py",
+)
 
 
 @pytest.mark.unit

@@ -31,6 +31,7 @@ def changed(config: Config, **values: Any) -> Config:
     return config
 
 
+SHARES = {"parallel__tensor_parallel": 2, "parallel__sequence_parallel": True}
 BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     *[(key, {key.replace(".", "__"): "nonsense"}, None) for key in CHOICES],
     ("lora.rank", {"lora__rank": -1}, None),
@@ -40,6 +41,19 @@ BROKEN: list[tuple[str, dict[str, Any], int | None]] = [
     ("prefix.length", {"prefix__length": 4, "lora__rank": 2}, None),
     ("prefix.length", {"prefix__length": 4, "parallel__zero_stage": 3}, None),
     ("kernels.interval_attention", {"kernels__interval_attention": "flash4"}, None),
+    *[
+        (key, {"precision__fp8": True, "precision__dtype": "bf16", **values}, None)
+        for key, values in (
+            ("precision.dtype=fp16", {"precision__dtype": "fp16"}),
+            ("parallel.overlap_tensor", {"parallel__overlap_tensor": True, **SHARES}),
+            ("lora.rank", {"lora__rank": 2}),
+            ("prefix.length", {"prefix__length": 4}),
+            ("model.hidden_size", {"model__hidden_size": 260, "model__num_heads": 4, "model__head_dim": 64}),
+            ("model.num_heads", {"model__num_heads": 2, "model__head_dim": 20}),
+            ("model.ffn_hidden_size", {"model__ffn_hidden_size": 344, "parallel__tensor_parallel": 2}),
+            ("model.num_kv_heads", {"model__num_kv_heads": 1, "model__num_heads": 4, "model__head_dim": 4}),
+        )
+    ],
     ("parallel.cuda_graphs", {"parallel__cuda_graphs": True}, None),
     ("parallel.overlap_tensor", {"parallel__overlap_tensor": True}, None),
     ("parallel.pipeline_schedule", {"parallel__pipeline_schedule": "zero_bubble"}, None),

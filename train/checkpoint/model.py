@@ -52,6 +52,7 @@ def load_trained(
     config = read_config(folder / "config.yaml")
     config.parallel.one_stage(mesh.tensor)
     config.parallel.activation_checkpointing, config.parallel.activation_checkpointing_every_layers = "none", 1
+    config.precision.fp8 = False  # it needs a GPU that training had, and gains nothing here
     reader, config.lora = MergedReader(folder, config.lora), LoraConfig()
     dtype = DTYPES[config.precision.dtype]
     if device.type == "cpu":

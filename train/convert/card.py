@@ -154,7 +154,7 @@ def _training(run: Run, config: Config, step: int) -> str:
         ("samples, tokens consumed", f"{last.get('consumed_samples', 0):,}, {last.get('consumed_tokens', 0):,}"),
         ("batch", f"{config.global_batch_size} sequences of {config.sequence_length}"),
         ("learning rate", f"{config.optimizer.lr:g}, {config.schedule.kind} to {config.schedule.min_lr:g}"),
-        ("precision", config.precision.dtype),
+        ("precision", config.precision.dtype + (", layers' products in FP8" if config.precision.fp8 else "")),
         ("ranks", f"{environment.get('world_size', '?')} on {environment.get('device', '?')}"),
         ("versions", versions),
         ("seed", str(config.seed)),

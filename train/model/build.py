@@ -58,6 +58,7 @@ def operations(config: Config, device: torch.device, dtype: torch.dtype) -> Oper
             attention=resolve("interval_attention", kernels.interval_attention, device, dtype, attention),
             linear_cross_entropy=resolve("linear_cross_entropy", kernels.linear_cross_entropy, device, dtype, head),
             embedding=resolve("embedding", kernels.embedding, device, dtype),
+            fp8_product=resolve("fp8_product", kernels.fp8_product, device, dtype) if config.precision.fp8 else None,
             greedy_step=resolve("greedy_step", kernels.greedy_step, device, dtype),
             # It has no prefix, and its softmax is float32: generation must compute what training did.
             decode_attention=None

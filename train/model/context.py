@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels.linear import Multiply
 from kernels.random import Dropout, dropout_key
 from train.config import ModelConfig
 from train.mesh import Mesh
@@ -45,6 +46,8 @@ class Operations:
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]]
     embedding: Callable[..., Tensor]
     greedy_step: Callable[..., None]
+    fp8_product: Multiply | None = None
+    """The layers' products while they train; None: in the dtype of the weights."""
     decode_attention: Callable[..., Tensor] | None = None
     """One new token a row over a cache; None where `attention` must do that too."""
     max_logit: bool = False
@@ -187,12 +190,19 @@ class Context:
             sequence=self.sequence_parallel,
             beside=self.overlap_tensor,
             handing_on=self.residual_scale != 1.0,
+            multiply=self.ops.fp8_product,
         )
 
     def row_parallel(self, x: Tensor, weight: Weight) -> Tensor:
         """x [B,S,in / ranks] times this rank's columns, summed over the ranks: [B,S or share,out]."""
-        group, sequence = self.mesh.tensor_group, self.sequence_parallel
-        return row_parallel(x, weight, group=group, sequence=sequence, beside=self.overlap_tensor)
+        return row_parallel(
+            x,
+            weight,
+            group=self.mesh.tensor_group,
+            sequence=self.sequence_parallel,
+            beside=self.overlap_tensor,
+            multiply=self.ops.fp8_product,
+        )
 
     def replicated(self, *parameters: Tensor | None) -> tuple[Any, ...]:
         """Parameters that every tensor-parallel rank holds, for work on hidden states between the products.

@@ -22,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear import linear, linear_and_input, main_grad, weight_gradient
+from kernels.linear import (
+    Multiply,
+    forward_product,
+    input_gradient,
+    linear,
+    linear_and_input,
+    main_grad,
+    weight_gradient,
+)
 from train.model.tensor_overlap import RowParallel, gather_products
 
 Weight = Tensor | nn.Module
@@ -31,23 +39,25 @@ Weight = Tensor | nn.Module
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, sequence: bool, beside: bool, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.sequence = group, sequence
+    def forward(
+        ctx: Any, x: Tensor, group: Any, sequence: bool, beside: bool, multiply: Multiply | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.sequence, ctx.multiply = group, sequence, multiply
         ctx.totals = [main_grad(weight) for weight in weights]
         # The share is kept, not what was gathered.
         ctx.save_for_backward(x, *weights)
         if beside:
             return tuple(gather_products(x, [weight.t() for weight in weights], group)[0])
         whole = gather(x, group) if sequence else x
-        return tuple(F.linear(whole, weight) for weight in weights)
+        return tuple(forward_product(whole, weight, multiply) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         gathering = _start_gather(x, ctx.group) if ctx.sequence else None
-        grad_x = grads[0] @ weights[0]
+        grad_x = input_gradient(grads[0], weights[0], ctx.multiply)
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x += grad @ weight
+            grad_x += input_gradient(grad, weight, ctx.multiply)
         whole = _end_gather(*gathering) if gathering is not None else x
         if ctx.sequence:
             total, work = _start_scatter(grad_x, ctx.group)
@@ -55,10 +65,10 @@ class _ColumnParallel(torch.autograd.Function):
             total = grad_x.contiguous()
             work = torch.distributed.all_reduce(total, group=ctx.group, async_op=True)
         # Frozen matrices ask for none.
-        wanted = zip(grads, ctx.totals, ctx.needs_input_grad[4:], strict=True)
+        wanted = zip(grads, ctx.totals, ctx.needs_input_grad[5:], strict=True)
         grad_weights = [weight_gradient(whole, grad, into) if needed else None for grad, into, needed in wanted]
         work.wait()
-        return total, None, None, None, *grad_weights
+        return total, None, None, None, None, *grad_weights
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -138,41 +148,53 @@ class LowRank(nn.Module):
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, down), up)
 
 
-def product(x: Tensor, weight: Weight) -> Tensor:
-    """x [..., in] times a weight [out, in], or what stands in for one (`train.model.quantised`): [..., out]."""
-    result: Tensor = weight(x) if isinstance(weight, nn.Module) else linear(x, weight)
+def product(x: Tensor, weight: Weight, multiply: Multiply | None = None) -> Tensor:
+    """x [..., in] times a weight [out, in], or what stands in for one (`train.model.quantised`): [..., out].
+
+    multiply: see `kernels.linear`; what stands in for a weight has a product of its own.
+    """
+    result: Tensor = weight(x) if isinstance(weight, nn.Module) else linear(x, weight, multiply)
     return result
 
 
 def column_parallel(
-    x: Tensor, *weights: Weight, group: Any, sequence: bool = False, beside: bool = False, handing_on: bool = False
+    x: Tensor,
+    *weights: Weight,
+    group: Any,
+    sequence: bool = False,
+    beside: bool = False,
+    handing_on: bool = False,
+    multiply: Multiply | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """x times this rank's rows of each weight [out / ranks, in]: a [B,S,out / ranks] for each; and x again.
 
     x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights, with
     `beside` while this rank's rows are multiplied. handing_on: whether the products may add their gradients of x in
-    place to that of who reads it next (`kernels.linear.linear_and_input`).
+    place to that of who reads it next (`kernels.linear.linear_and_input`). multiply: see `kernels.linear`.
     """
     if group is not None and all(isinstance(weight, Tensor | LowRank) for weight in weights):
-        return _with_ranks(x, weights, group, sequence, beside), x
+        multiply = multiply if torch.is_grad_enabled() else None
+        return _with_ranks(x, weights, group, sequence, beside, multiply), x
     whole = gather(x, group) if sequence else x
     results = []
     for weight in weights:
         if handing_on and group is None and isinstance(weight, Tensor):
-            result, whole = linear_and_input(whole, weight)
+            result, whole = linear_and_input(whole, weight, multiply)
         else:
-            result = product(whole, weight)
+            result = product(whole, weight, multiply)
         results.append(result)
     return tuple(results), whole if group is None else x
 
 
-def _with_ranks(x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool, beside: bool) -> tuple[Tensor, ...]:
+def _with_ranks(
+    x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool, beside: bool, multiply: Multiply | None
+) -> tuple[Tensor, ...]:
     """`column_parallel` with a gradient. Into a low rank all ranks go together with x, out of it each goes alone."""
     pairs = [weight.pair() if isinstance(weight, LowRank) else None for weight in weights]
     tensors: list[Tensor] = []
     for weight, pair in zip(weights, pairs, strict=True):
         tensors += [weight] if pair is None else [weight.weight, pair[0]]
-    found = iter(_ColumnParallel.apply(x, group, sequence, beside, *tensors))
+    found = iter(_ColumnParallel.apply(x, group, sequence, beside, multiply, *tensors))
     results = []
     for weight, pair in zip(weights, pairs, strict=True):
         result = next(found)
@@ -180,16 +202,24 @@ def _with_ranks(x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool,
     return tuple(results)
 
 
-def row_parallel(x: Tensor, weight: Weight, *, group: Any, sequence: bool = False, beside: bool = False) -> Tensor:
+def row_parallel(
+    x: Tensor,
+    weight: Weight,
+    *,
+    group: Any,
+    sequence: bool = False,
+    beside: bool = False,
+    multiply: Multiply | None = None,
+) -> Tensor:
     """This rank's columns: x [B,S,in / ranks] times [out, in / ranks], summed over the ranks.
 
     Returns [B,S,out], or with `sequence` this rank's share [B,S / ranks,out], with `beside` while the next rows are
-    multiplied.
+    multiplied. multiply: see `kernels.linear`.
     """
     if beside and group is not None and isinstance(weight, Tensor):
         share: Tensor = RowParallel.apply(x, weight, group)
         return share
-    return sum_over_ranks(product(x, weight), group, sequence=sequence)
+    return sum_over_ranks(product(x, weight, multiply), group, sequence=sequence)
 
 
 def sum_over_ranks(x: Tensor, group: Any, *, sequence: bool = False) -> Tensor:
