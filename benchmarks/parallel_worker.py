@@ -142,7 +142,8 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
         "last_loss": round(last, 4),
         # Building, steps that do not count, steps that do, the traced one.
         "seconds": " ".join(f"{b - a:.0f}" for a, b in itertools.pairwise([*clocks, time.monotonic()])),
-        "split": [part for part in parts if part is not None],
+        "split": [part for part, _ in filter(None, parts)],
+        "gaps": [gaps for _, gaps in filter(None, parts)],
     }
 
 

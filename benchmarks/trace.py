@@ -16,10 +16,11 @@ Interval = tuple[float, float]
 """Start and end, in any one unit."""
 
 
-def split_step(step: Callable[[], object]) -> dict[str, float]:
+def split_step(step: Callable[[], object]) -> tuple[dict[str, float], list[str]]:
     """Milliseconds of one call of `step`: whole, compute, exposed collectives, exposed sends, neither (host, waiting).
 
-    On a CPU compute is PyTorch's operations, whose threads also wait in them; a GPU's kernels say what they are.
+    And the longest gaps in it, see `gaps`. On a CPU compute is PyTorch's operations, whose threads also wait in them; a
+    GPU's kernels say what they are.
     """
     gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
@@ -30,11 +31,27 @@ def split_step(step: Callable[[], object]) -> dict[str, float]:
             torch.cuda.synchronize()
         whole = 1e3 * (time.perf_counter() - clock)
     kinds: dict[str, list[Interval]] = {"compute": [], "collective": [], "send": []}
+    named: list[tuple[Interval, str]] = []
     for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
         kind = kind_of(event, gpu)
         if kind is not None:
-            kinds[kind].append((event.start_ns() / 1e6, (event.start_ns() + event.duration_ns()) / 1e6))
-    return split(whole, kinds["compute"], kinds["collective"], kinds["send"])
+            interval = event.start_ns() / 1e6, (event.start_ns() + event.duration_ns()) / 1e6
+            kinds[kind].append(interval)
+            named.append((interval, event.name()))
+    return split(whole, kinds["compute"], kinds["collective"], kinds["send"]), gaps(named)
+
+
+def gaps(named: Iterable[tuple[Interval, str]], most: int = 6) -> list[str]:
+    """The longest times in which nothing ran, each between what had ended last and what began next, longest first."""
+    found: list[tuple[float, str]] = []
+    ordered = sorted(named)
+    (begin, end), last = ordered[0] if ordered else ((0.0, 0.0), "")
+    for (start, stop), name in ordered:
+        if start > end:
+            found.append((start - end, f"at {end - begin:.0f} ms between {last[:48]} and {name[:48]}"))
+        if stop > end:
+            end, last = stop, name
+    return [f"{length:.1f} ms {where}" for length, where in sorted(found, reverse=True)[:most]]
 
 
 def kind_of(event: Any, gpu: bool) -> str | None:

@@ -112,6 +112,13 @@ class Bench:
         dist.all_gather_object(found, round(torch.cuda.max_memory_allocated() / 2**30, 2))
         return " ".join(map(str, found))
 
+    def asked(self) -> Tensor:
+        """How often each rank has asked its device for memory; zeros on a CPU."""
+        number = torch.cuda.memory_stats()["num_device_alloc"] if self.gpu else 0
+        found: list[Any] = [None, None]
+        dist.all_gather_object(found, number)
+        return torch.tensor(found)
+
     def _together(self) -> None:
         backend.synchronize()
         dist.barrier()
@@ -165,8 +172,10 @@ def main() -> None:
             bench.choose(name)
             if bench.gpu:
                 torch.cuda.reset_peak_memory_stats()
+            before = bench.asked()
             times[name].append(1e3 * bench.seconds(bench.step))
             rows[name] |= bench.engine.waiting()
+            say({"schedule": name, "step_ms": round(times[name][-1], 1), "asked": (bench.asked() - before).tolist()})
             if turn == 0:
                 rows[name]["memory_gib"] = bench.memory()
                 passes[name].append(1e3 * bench.seconds(bench.passes))
@@ -185,7 +194,8 @@ def main() -> None:
         bench.choose(name)
         parts: list[Any] = [None, None]
         dist.all_gather_object(parts, trace.split_step(bench.step))
-        for rank, part in enumerate(parts):
+        for rank, (part, gaps) in enumerate(parts):
+            say({"schedule": name, "rank": rank, "gaps": gaps})
             whole = part.pop("whole")
             rows[name] |= {f"{key}_{rank}": round(value / whole, 4) for key, value in part.items()}
         write(options, bench, rows)

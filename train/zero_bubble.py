@@ -11,7 +11,6 @@ this module only runs the passes in another order, and waits for a message no so
 """
 
 import itertools
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +62,8 @@ class ZeroBubble:
         self.put_off = mesh.stage
         self._later = Later()
         self.active(True)
-        self._sent: deque[tuple[Any, Tensor]] = deque()
+        self._sent: dict[int, list[tuple[Any, Tensor]]] = {}
+        """The messages last sent to a stage."""
 
     def active(self, wanted: bool) -> None:
         """Whether products of weight gradients are put off at all."""
@@ -100,8 +100,8 @@ class ZeroBubble:
             run[kind](number)
             if kind != "weights":
                 self._exchange(following.get(one))
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        for stage in list(self._sent):
+            self._let_go(stage)
 
     def _forward(self, number: int) -> None:
         state = self._states[number] if self.mesh.first_stage else self._arrived()
@@ -149,12 +149,22 @@ class ZeroBubble:
             shapes = []
         # Nothing is asked for between the first send and the last receive.
         buffers = [torch.empty(shape, dtype=dtype, device=here.device) for shape, dtype in shapes]
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
+        if self._leaving:
+            self._let_go(self._leaving[0][1])
         for way, stage, tensor in self._leaving:
-            self._sent.append((torch.distributed.isend(tensor, group=way, group_dst=stage), tensor))
+            work = torch.distributed.isend(tensor, group=way, group_dst=stage)
+            self._sent.setdefault(stage, []).append((work, tensor))
         self._arriving = [(torch.distributed.irecv(one, group=group, group_src=source), one) for one in buffers]
         self._leaving = []
+
+    def _let_go(self, stage: int) -> None:
+        """Give up what was sent to a stage; a pass and more ago, so it has arrived.
+
+        In every step at the same place: whether it has arrived yet depends on how far the host is ahead, and memory
+        that is free in one step and not in the next is asked for anew.
+        """
+        for work, _ in self._sent.pop(stage, []):
+            work.wait()
 
     def _arrived(self) -> list[Tensor]:
         for work, _ in self._arriving:

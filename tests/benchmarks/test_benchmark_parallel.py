@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.parallel import compare, distance
-from benchmarks.trace import merged, split
+from benchmarks.trace import gaps, merged, split
 
 pytestmark = pytest.mark.unit
 
@@ -20,6 +20,13 @@ def test_communication_beside_computation_costs_nothing():
         "idle": 3.0,
     }
     assert merged([(3.0, 4.0), (1.0, 2.0), (2.0, 2.5)]) == [(1.0, 2.5), (3.0, 4.0)]
+
+
+def test_gaps_are_between_what_ended_last_and_what_began_next():
+    named = [((10.0, 12.0), "first"), ((11.0, 11.5), "inside"), ((12.5, 13.0), "second"), ((15.0, 16.0), "third")]
+    assert gaps(named, 1) == ["2.0 ms at 3 ms between second and third"]
+    assert gaps(named)[1:] == ["0.5 ms at 2 ms between first and second"]
+    assert gaps([]) == []
 
 
 def test_curves_are_compared_by_means_of_twenty_steps():
