@@ -358,7 +358,7 @@ def speed(bench: Bench) -> bool:
     for number, (shape, row) in enumerate(rows):
         following = rows[number + 1][1] if number + 1 < len(rows) else None
         found = measure(bench, shape, row, following)
-        parts, gaps = found.pop("split", []), found.pop("gaps", [])
+        parts, *more = (found.pop(key, []) for key in ("split", "gaps", "allocations"))
         table.append({"shape": shape, "row": row.name, "world": row.world} | found)
         compare(table)
         say(table[-1])
@@ -371,7 +371,7 @@ def speed(bench: Bench) -> bool:
                 {"shape": shape, "row": row.name, "rank": rank, "step_ms": round(whole, 1), **shares}
                 | ({"bubble_of_1f1b": round(bubble, 4)} if bubble else {})
             )
-            say(splits[-1] | {"gaps": gaps[rank]})
+            say(splits[-1] | {"gaps": more[0][rank], "allocations_in_steps": more[1][rank]})
         if parts:
             bench.write("split.csv", splits, SPLIT)
     return not rows or any(row.get("tokens_per_second") for row in table)

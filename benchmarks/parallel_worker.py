@@ -109,7 +109,7 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     clocks.append(time.monotonic())
-    times = []
+    times, asked = [], device_allocations(gpu)
     for _ in range(task["steps"]):
         seconds, loss = together(lambda: step(batches), gpu)
         times.append(seconds)
@@ -128,7 +128,8 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
     distributed.all_reduce(memory, op=distributed.ReduceOp.MAX)
     parts: list[Any] = [None] * world
     clocks.append(time.monotonic())
-    distributed.all_gather_object(parts, trace.split_step(lambda: step(batches)) if task["trace"] else None)
+    asked = device_allocations(gpu) - asked
+    distributed.all_gather_object(parts, (*trace.split_step(lambda: step(batches)), asked) if task["trace"] else None)
     return {
         "parameters": parameters(model).total,
         "tokens_per_second": round(rate, 1),
@@ -142,9 +143,15 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
         "last_loss": round(last, 4),
         # Building, steps that do not count, steps that do, the traced one.
         "seconds": " ".join(f"{b - a:.0f}" for a, b in itertools.pairwise([*clocks, time.monotonic()])),
-        "split": [part for part, _ in filter(None, parts)],
-        "gaps": [gaps for _, gaps in filter(None, parts)],
+        "split": [split for split, *_ in filter(None, parts)],
+        "gaps": [gaps for _, gaps, _ in filter(None, parts)],
+        "allocations": [number for *_, number in filter(None, parts)],
     }
+
+
+def device_allocations(gpu: bool) -> int:
+    """How often PyTorch has asked this rank's device for memory so far; 0 on a CPU."""
+    return int(torch.cuda.memory_stats()["num_device_alloc"]) if gpu else 0
 
 
 def builder(task: dict[str, Any]) -> Callable[[Shape, int, int], Step]:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import step_worker, trace
+from benchmarks.parallel_worker import device_allocations
 from benchmarks.step import device, versions
 from benchmarks.step_worker import LR, SHAPES, batch_of
 from data_prep.batch import Batch
@@ -112,11 +113,10 @@ class Bench:
         dist.all_gather_object(found, round(torch.cuda.max_memory_allocated() / 2**30, 2))
         return " ".join(map(str, found))
 
-    def asked(self) -> Tensor:
+    def allocations(self) -> Tensor:
         """How often each rank has asked its device for memory; zeros on a CPU."""
-        number = torch.cuda.memory_stats()["num_device_alloc"] if self.gpu else 0
         found: list[Any] = [None, None]
-        dist.all_gather_object(found, number)
+        dist.all_gather_object(found, device_allocations(self.gpu))
         return torch.tensor(found)
 
     def _together(self) -> None:
@@ -172,10 +172,16 @@ def main() -> None:
             bench.choose(name)
             if bench.gpu:
                 torch.cuda.reset_peak_memory_stats()
-            before = bench.asked()
+            before = bench.allocations()
             times[name].append(1e3 * bench.seconds(bench.step))
             rows[name] |= bench.engine.waiting()
-            say({"schedule": name, "step_ms": round(times[name][-1], 1), "asked": (bench.asked() - before).tolist()})
+            say(
+                {
+                    "schedule": name,
+                    "step_ms": round(times[name][-1], 1),
+                    "allocations": (bench.allocations() - before).tolist(),
+                }
+            )
             if turn == 0:
                 rows[name]["memory_gib"] = bench.memory()
                 passes[name].append(1e3 * bench.seconds(bench.passes))
