@@ -429,6 +429,7 @@ OURS: dict[str, tuple[str, ...]] = {
         "parallel.activation_checkpointing_every_layers=2",
     ),
     "tiankong_fp8": ("precision.fp8=true",),
+    "tiankong_fp8_flash4": ("precision.fp8=true", "kernels=flash4"),
     "tiankong_flash4": ("kernels=flash4",),
     "tiankong_references": ("kernels=reference",),
     "tiankong_compiled_references": ("kernels=compile",),

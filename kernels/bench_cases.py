@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.linear import linear
 from kernels.random import Dropout, dropout_key
 from kernels.resolve import resolve
 
@@ -233,10 +234,37 @@ def linear_cross_entropy_cases(small: bool) -> Iterator[Case]:
         )
 
 
+def fp8_product_cases(small: bool) -> Iterator[Case]:
+    """The four products of a layer of 2048: 2 + 4 operations a row, column and output. dW is bf16's."""
+    layer = [(6144, 2048), (2048, 2048), (11008, 2048), (2048, 5504)]
+    for rows, outputs, columns in [(1000, 208, 336)] if small else [(32768, *shape) for shape in layer]:
+        inputs = [_randn(rows, columns, seed=1), _randn(outputs, columns, seed=2, scale=columns**-0.5)]
+
+        def call(function: Any, tensors: Sequence[Tensor]) -> Tensor:
+            x, weight = tensors
+            if x.dtype == torch.float64:
+                return linear(x, weight)  # what the error is counted from: nothing rounded
+            # Without gradients `linear` does without FP8.
+            return linear(x, weight, function) if torch.is_grad_enabled() else function(x, weight)
+
+        work = 2.0 * rows * outputs * columns, 6.0 * rows * outputs * columns
+        names = ["reference", "triton"] if small else ["triton"]
+        yield Case(
+            "fp8_product",
+            f"{rows}x{columns} by {outputs}x{columns}",
+            inputs,
+            _implementations("fp8_product", names, set(), call),
+            "operations",
+            work,
+            extra={} if small else {"bf16": (inputs, lambda tensors: linear(tensors[0], tensors[1]), work)},
+        )
+
+
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "residual_norm": residual_norm_cases,
     "bias_activation": bias_activation_cases,
     "rotary": rotary_cases,
     "interval_attention": attention_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
+    "fp8_product": fp8_product_cases,
 }
