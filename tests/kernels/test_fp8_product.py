@@ -210,6 +210,12 @@ if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a pr
         assert found[3].isnan().all()
         assert found[:, 5].isnan().all()
 
+    def test_the_kernel_is_registered_soundly():
+        x = values(32, 48, seed=15).to(DEVICE)
+        for one in (x, x.t()):
+            checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+            torch.library.opcheck(torch.ops.tiankong.fp8_quantise_rows, (one,), test_utils=checks)
+
     def test_the_kernel_wants_bf16():
         with pytest.raises(ValueError, match=r"x is torch.float32; use torch.bfloat16"):
             fp8_product(torch.ones(4, 16, device=DEVICE), torch.ones(16, 16, device=DEVICE))
