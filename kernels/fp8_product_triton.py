@@ -90,8 +90,6 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if not x.numel():
-        return values, scales
     if x.stride(0) == 1 and x.stride(1) == rows:
         words, tile = x.t().view(torch.int16), (128, 64)
         largest = torch.zeros(rows, dtype=torch.int32, device=x.device)
@@ -115,6 +113,8 @@ def fp8_product(x: Tensor, weight: Tensor) -> Tensor:
     """See the reference of the same name; x and weight are bfloat16."""
     check(x, weight)
     require_dtype("fp8_product", "x", x, torch.bfloat16)
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], weight.shape[0])
     values, scales = quantise_rows(x.reshape(-1, x.shape[-1]))
     weights, weight_scales = quantise_rows(weight)
     out = torch._scaled_mm(
