@@ -38,11 +38,14 @@ def split_step(step: Callable[[], object]) -> tuple[dict[str, float], list[str]]
             interval = event.start_ns() / 1e6, (event.start_ns() + event.duration_ns()) / 1e6
             kinds[kind].append(interval)
             named.append((interval, event.name()))
-    return split(whole, kinds["compute"], kinds["collective"], kinds["send"]), gaps(named)
+    return split(whole, kinds["compute"], kinds["collective"], kinds["send"]), gaps(whole, named)
 
 
-def gaps(named: Iterable[tuple[Interval, str]], most: int = 6) -> list[str]:
-    """The longest times in which nothing ran, each between what had ended last and what began next, longest first."""
+def gaps(whole: float, named: Iterable[tuple[Interval, str]], most: int = 6) -> list[str]:
+    """The longest times in which nothing ran, each between what had ended last and what began next, longest first.
+
+    And what lies before the first and behind the last.
+    """
     found: list[tuple[float, str]] = []
     ordered = sorted(named)
     (begin, end), last = ordered[0] if ordered else ((0.0, 0.0), "")
@@ -51,7 +54,8 @@ def gaps(named: Iterable[tuple[Interval, str]], most: int = 6) -> list[str]:
             found.append((start - end, f"at {end - begin:.0f} ms between {last[:48]} and {name[:48]}"))
         if stop > end:
             end, last = stop, name
-    return [f"{length:.1f} ms {where}" for length, where in sorted(found, reverse=True)[:most]]
+    longest = [f"{length:.1f} ms {where}" for length, where in sorted(found, reverse=True)[:most]]
+    return [*longest, f"{whole - (end - begin):.1f} ms at both ends"]
 
 
 def kind_of(event: Any, gpu: bool) -> str | None:

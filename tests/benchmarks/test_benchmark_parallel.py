@@ -24,9 +24,10 @@ def test_communication_beside_computation_costs_nothing():
 
 def test_gaps_are_between_what_ended_last_and_what_began_next():
     named = [((10.0, 12.0), "first"), ((11.0, 11.5), "inside"), ((12.5, 13.0), "second"), ((15.0, 16.0), "third")]
-    assert gaps(named, 1) == ["2.0 ms at 3 ms between second and third"]
-    assert gaps(named)[1:] == ["0.5 ms at 2 ms between first and second"]
-    assert gaps([]) == []
+    longest = ["2.0 ms at 3 ms between second and third", "0.5 ms at 2 ms between first and second"]
+    assert gaps(7.0, named) == [*longest, "1.0 ms at both ends"]
+    assert gaps(7.0, named, 1) == [longest[0], "1.0 ms at both ends"]
+    assert gaps(7.0, []) == ["7.0 ms at both ends"]
 
 
 def test_curves_are_compared_by_means_of_twenty_steps():
