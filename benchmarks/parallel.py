@@ -86,6 +86,7 @@ SPEED: dict[str, list[Row]] = {
     "3b": [
         Row("one_gpu", world=1),
         Row("tensor_2_graphs", overrides=(TENSOR, GRAPHS), micro_batches=16),
+        Row("tensor_2_overlap_graphs", overrides=(TENSOR, OVERLAP, GRAPHS), micro_batches=16),
         Row("tensor_2_sequence_graphs", overrides=(TENSOR, SEQUENCE, GRAPHS), micro_batches=16),
         Row("tensor_2_sequence_overlap_graphs", overrides=(TENSOR, SEQUENCE, OVERLAP, GRAPHS), micro_batches=16),
         Row("fsdp2", peer=True),

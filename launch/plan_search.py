@@ -188,7 +188,7 @@ def _variants(config: Config, layout: Layout, sized: Callable[[Config], Candidat
             layers_per_stage=cut,
             zero_stage=zero,
             sequence_parallel=sequence,
-            overlap_tensor=config.parallel.overlap_tensor and sequence,
+            overlap_tensor=config.parallel.overlap_tensor and tensor > 1,
             pipeline_schedule=config.parallel.pipeline_schedule if pipeline > 1 else "1f1b",
             overlap_communication=zero > 1,
         )

@@ -136,7 +136,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Each tensor-parallel rank holds a share of sequence_length (it must divide it) between products: less memory."""
     overlap_tensor: bool = False
-    """Under sequence_parallel, multiply this rank's rows while the others' come in or leave; the same numbers."""
+    """Tensor-parallel traffic beside products, the same numbers. With sequence_parallel this rank's rows are multiplied
+    while the others' come in or leave; else half of a row-parallel product while the other half is summed."""
     zero_stage: int = 1
     """0 plain, 1 optimizer states, 2 and gradients, 3 and parameters divided over the data-parallel ranks."""
     activation_checkpointing: str = "none"

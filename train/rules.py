@@ -189,8 +189,8 @@ def _parallel(config: Config) -> None:
             f"{parallel.pipeline_parallel}; use parallel.zero_stage=1 or parallel.pipeline_parallel=1"
         )
 
-    if parallel.overlap_tensor and not parallel.sequence_parallel:
-        raise ConfigError("parallel.overlap_tensor=true needs parallel.sequence_parallel=true")
+    if parallel.overlap_tensor and parallel.tensor_parallel == 1:
+        raise ConfigError("parallel.overlap_tensor=true needs parallel.tensor_parallel of more than 1")
     if parallel.pipeline_schedule == "zero_bubble" and (
         parallel.pipeline_parallel == 1 or parallel.zero_stage != 1 or config.precision.dtype != "bf16"
     ):

@@ -31,6 +31,7 @@ from train.progress import last_alive
 from train.schedule import BatchSize
 
 TENSOR, PIPELINE = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2"
+BESIDE = "parallel.overlap_tensor=true"
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 pytestmark = pytest.mark.distributed
 
@@ -149,7 +150,7 @@ def _errors_of_sums(overrides: list[str]) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("world, layout", [(1, []), (1, ["model.tied_embeddings=false"]), (2, [TENSOR])])
+@pytest.mark.parametrize("world, layout", [(1, []), (1, ["model.tied_embeddings=false"]), (2, [TENSOR, BESIDE])])
 def test_bf16_gradients_are_whole_fp32_sums(world: int, layout: list[str]) -> None:
     # The ranks' parts of a bf16 sum round in another order than the whole.
     tolerance = 0.004 if world == 1 else 0.02

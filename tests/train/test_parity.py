@@ -34,7 +34,7 @@ LAYOUTS: dict[int, list[list[str]]] = {
 """By number of ranks; data parallelism takes what tensor and pipeline leave."""
 WITH_DROPOUT: dict[int, list[list[str]]] = {
     1: [[RECOMPUTED, TWICE]],
-    2: [SHARES, [*SHARES, BESIDE, RECOMPUTED], [PIPELINE, RECOMPUTED, OFFLOADED, UNEVEN]],
+    2: [SHARES, [*SHARES, BESIDE, RECOMPUTED], [*TENSOR_2, BESIDE], [PIPELINE, RECOMPUTED, OFFLOADED, UNEVEN]],
     4: [
         ["parallel.tensor_parallel=4", TWICE],
         ["parallel.tensor_parallel=4", SHARES[-1], BESIDE, TWICE],

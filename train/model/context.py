@@ -76,7 +76,7 @@ class Context:
     sequence_parallel: bool = False
     """Whether each tensor-parallel rank holds a share of the sequence between the products."""
     overlap_tensor: bool = False
-    """Whether, on such shares, the products' traffic runs beside them."""
+    """Whether the products' traffic runs beside them."""
     starts_with_enc: bool = False
     """Whether texts with blanks begin with ENC (data.sampling.starts_with_enc)."""
 

@@ -1,9 +1,12 @@
-"""Tensor-parallel products on shares of the sequence, with the traffic beside the products (parallel.overlap_tensor).
+"""Tensor-parallel products with the traffic beside them (parallel.overlap_tensor).
 
-A product of the whole sequence is as many products of a share as there are ranks, and of those only the other ranks'
-need traffic. A gather comes in while this rank multiplies its own rows; of a sum each rank computes the others' parts
-first and sends them while it computes its own. No row is cut and no sum gets another term: the numbers are those of
-`train.model.tensor_parallel`, with two ranks in the same order.
+On shares of the sequence a product of the whole is as many products of a share as there are ranks, and of those only
+the other ranks' need traffic. A gather comes in while this rank multiplies its own rows; of a sum each rank computes
+the others' parts first and sends them while it computes its own. No row is cut and no sum gets another term: the
+numbers are those of `train.model.tensor_parallel`, with two ranks in the same order.
+
+Without shares a row-parallel product is made in two halves of its rows: the first is summed over the ranks while the
+second is multiplied. (In the backward pass the column-parallel products' sum always runs beside their weights'.)
 """
 
 from collections.abc import Sequence
@@ -58,6 +61,31 @@ def scatter_product(x: Tensor, matrix: Tensor, group: Any) -> Tensor:
             work.wait()
         total += mine
     return total
+
+
+class RowParallelWhole(torch.autograd.Function):
+    """`tensor_parallel.row_parallel` without sequence parallelism, half of the sum beside the product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Any) -> Tensor:
+        """x [B,S,in / ranks], weight [out,in / ranks]: [B,S,out]."""
+        ctx.save_for_backward(x, weight)
+        ctx.total = main_grad(weight)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        works = []
+        for rows, results in zip(x.flatten(0, -2).chunk(2), out.flatten(0, -2).chunk(2), strict=True):
+            torch.mm(rows, weight.t(), out=results)
+            works.append(torch.distributed.all_reduce(results, group=group, async_op=True))
+        for work in works:
+            work.wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """grad [B,S,out], whole on every rank."""
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        return grad_x, weight_gradient(x, grad, ctx.total) if ctx.needs_input_grad[1] else None, None
 
 
 class RowParallel(torch.autograd.Function):

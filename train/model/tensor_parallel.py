@@ -11,8 +11,8 @@ residuals stand, every rank holds the whole sequence; with sequence parallelism 
 Both cost the same traffic, since a sum is a scatter and a gather; the shares save memory and work in between. What
 ranks hold alike (norms, biases) then sees a share of the sequence only, so its gradient is summed over the ranks.
 
-In a column-parallel product's backward pass the traffic runs beside the products that do not wait for it; on shares of
-the sequence it may elsewhere too (`train.model.tensor_overlap`).
+In a column-parallel product's backward pass the traffic runs beside the products that do not wait for it; by option it
+does elsewhere too (`train.model.tensor_overlap`).
 Biases are not added here: the fused kernels after each product add them, once.
 """
 
@@ -31,7 +31,7 @@ from kernels.linear import (
     main_grad,
     weight_gradient,
 )
-from train.model.tensor_overlap import RowParallel, gather_products
+from train.model.tensor_overlap import RowParallel, RowParallelWhole, gather_products
 
 Weight = Tensor | nn.Module
 """A matrix, or what stands in for one when no gradient is wanted."""
@@ -46,7 +46,7 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.totals = [main_grad(weight) for weight in weights]
         # The share is kept, not what was gathered.
         ctx.save_for_backward(x, *weights)
-        if beside:
+        if beside and sequence:
             return tuple(gather_products(x, [weight.t() for weight in weights], group)[0])
         whole = gather(x, group) if sequence else x
         return tuple(forward_product(whole, weight, multiply) for weight in weights)
@@ -73,14 +73,17 @@ class _ColumnParallel(torch.autograd.Function):
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, x: Tensor, group: Any, in_place: bool) -> Tensor:
+        if in_place and x.is_contiguous():
+            ctx.mark_dirty(x)
+        else:
+            x = x.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(x, group=group)
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 class _SumAndScatter(torch.autograd.Function):
@@ -213,20 +216,23 @@ def row_parallel(
 ) -> Tensor:
     """This rank's columns: x [B,S,in / ranks] times [out, in / ranks], summed over the ranks.
 
-    Returns [B,S,out], or with `sequence` this rank's share [B,S / ranks,out], with `beside` while the next rows are
-    multiplied. multiply: see `kernels.linear`.
+    Returns [B,S,out], or with `sequence` this rank's share [B,S / ranks,out]; with `beside` summed while the next rows
+    are multiplied. multiply: see `kernels.linear`.
     """
     if beside and group is not None and isinstance(weight, Tensor):
-        share: Tensor = RowParallel.apply(x, weight, group)
-        return share
-    return sum_over_ranks(product(x, weight, multiply), group, sequence=sequence)
+        result: Tensor = (RowParallel if sequence else RowParallelWhole).apply(x, weight, group)
+        return result
+    return sum_over_ranks(product(x, weight, multiply), group, sequence=sequence, in_place=True)
 
 
-def sum_over_ranks(x: Tensor, group: Any, *, sequence: bool = False) -> Tensor:
-    """The sum of x [B,S,…] over the group, or with `sequence` this rank's share of it. group None: x itself."""
+def sum_over_ranks(x: Tensor, group: Any, *, sequence: bool = False, in_place: bool = False) -> Tensor:
+    """The sum of x [B,S,…] over the group, or with `sequence` this rank's share of it. group None: x itself.
+
+    in_place: whether nobody else reads x, not even the backward pass of what made it.
+    """
     if group is None:
         return x
-    return _SumAndScatter.apply(x, group) if sequence else _SumOverRanks.apply(x, group)
+    return _SumAndScatter.apply(x, group) if sequence else _SumOverRanks.apply(x, group, in_place)
 
 
 def gather_for_all(x: Tensor, group: Any) -> Tensor:
