@@ -4,8 +4,9 @@ A program owns a block of the weight's rows and walks along its columns. The int
 products sum up in float32 before their scale: a whole row's once at the end, a group's after each of its blocks. The
 two nibbles of a byte are neighbouring columns, so INT4 takes even and odd columns of x as two products.
 
-Up to FEW rows of x (decoding one text) need no matrix unit: `quantised_vector_triton.py`, which does the activation
-in the same kernel; for more rows it is a kernel of its own.
+Few rows of x (decoding a few texts) take other kernels, which do the activation too: INT4 `quantised_mma_triton.py`, up
+to eight; INT8, and INT4 that does not fit there, `quantised_vector_triton.py`, up to FEW. For more rows of x the
+activation is a kernel of its own.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import quantised_mma_triton as mma
+from kernels import quantised_vector_triton as vector
 from kernels.bias_activation import GATED, KINDS
 from kernels.bias_activation_triton import bias_activation
 from kernels.operation import operation
 from kernels.quantised_matmul import check
-from kernels.quantised_vector_triton import fits, multiply
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def _matmul_kernel(
     tl.store(out + row[:, None].to(tl.int64) * n + column[None, :], total, mask=row_mask & column_mask)
 
 
-FEW = 4  # rows of x that go one by one
+FEW = 4  # rows of x that go one by one in the vector kernel
 TILE = (16, 32, 128, 4)  # rows of x, rows of the weight, packed columns, warps
 WIDE_TILE = (64, 32, 64, 4)  # for many rows of x
 
@@ -88,10 +90,14 @@ def _matmul(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits:
     columns, n = x.shape[-1], packed.shape[0]
     m = x.numel() // columns
     group = columns if scale.dim() == 1 else columns // scale.shape[1]
-    if 0 < m <= FEW and n and fits(x, packed, group, bits):
+    on_cores = mma.fits(x, packed, group, bits)
+    if m and n and (on_cores or (m <= FEW and vector.fits(x, packed, group, bits))):
         kind = -1 if activation is None else KINDS.index(activation)
         out = torch.empty(*x.shape[:-1], n // 2 if activation in GATED else n, dtype=x.dtype, device=x.device)
-        multiply(x, packed, scale, bias, out, group, bits, kind)
+        if on_cores:
+            mma.multiply(x, packed, scale, bias, out, group, kind)
+        else:
+            vector.multiply(x, packed, scale, bias, out, group, bits, kind)
         return out
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if m and n:

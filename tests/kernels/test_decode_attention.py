@@ -92,6 +92,7 @@ if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a pr
     @pytest.mark.parametrize("shares", [1, 2, 8])
     def test_the_kernel_may_divide_a_row_among_any_number_of_programs(shares, monkeypatch):
         monkeypatch.setattr(triton_step, "shares_for", lambda *_: shares)
+        agrees(SHAPES[0], torch.float32)
         agrees(SHAPES[1], torch.float32)
         agrees(SHAPES[2], torch.float16)
 

@@ -15,9 +15,10 @@ from kernels.quantised_weight import dequantise, quantise
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.gpu if CUDA else pytest.mark.unit
-# up to four rows of 16-bit x take another kernel than more of them
+# few rows of 16-bit x take other kernels than more of them: the tensor cores' (INT4, columns and groups that fit) up to
+# eight, the vector kernel up to four
 SHAPES = [((3, 64), 40, None), ((2, 5, 96), 33, None), ((1, 160), 70, 32), ((37, 128), 64, 16), ((0, 32), 8, None)]
-SHAPES += [((7, 160), 70, 32), ((2, 2600), 5, None)]
+SHAPES += [((7, 160), 70, 32), ((2, 2600), 5, None), ((8, 1184), 19, None), ((3, 384), 33, 128)]
 
 
 def case(shape, rows, bits, group, dtype):
@@ -88,10 +89,10 @@ if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a pr
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(
         "shape, rows, bits, group, with_bias",
-        [((2, 96), 34, 4, None, True), ((1, 160), 70, 8, 32, False), ((7, 64), 40, 4, None, True)],
+        [((2, 96), 34, 4, None, True), ((1, 160), 70, 8, 32, False), ((9, 64), 40, 4, None, True)],
     )
     def test_the_kernel_applies_the_activation(shape, rows, bits, group, with_bias, kind):
-        """Seven rows take a kernel for it of its own."""
+        """Nine rows take a kernel for it of its own."""
         x, packed, scale, bias, wanted = activated_case(shape, rows, bits, group, torch.float16, kind, with_bias)
         moved = [None if part is None else part.to(DEVICE) for part in (x, packed, scale, bias)]
         found = quantised_matmul(*moved[:3], bits=bits, bias=moved[3], activation=kind)
@@ -100,10 +101,10 @@ if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a pr
         assert (found.double().cpu() - wanted).norm() <= 1e-3 * wanted.norm()
 
     @pytest.mark.parametrize("bits", [8, 4])
-    @pytest.mark.parametrize("group", [None, 32])
-    def test_the_kernel_for_few_rows_takes_bfloat16_bits_apart(group, bits):
+    @pytest.mark.parametrize("columns, group", [(2080, None), (2080, 32), (4128, None)])
+    def test_the_kernels_for_few_rows_take_bfloat16_bits_apart(columns, group, bits):
         """In the interpreter too, whose stores cut bfloat16 off in place of rounding it."""
-        x, packed, scale, wanted = case((3, 2080), 19, bits, group, torch.bfloat16)
+        x, packed, scale, wanted = case((3, columns), 19, bits, group, torch.bfloat16)
         found = quantised_matmul(*(part.to(DEVICE) for part in (x, packed, scale)), bits=bits)
         assert (found.double().cpu() - wanted).norm() <= 2.0**-7 * wanted.norm()
 
