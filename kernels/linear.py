@@ -86,9 +86,16 @@ def forward_product(x: Tensor, weight: Tensor, multiply: Multiply | None) -> Ten
     return F.linear(x, weight) if multiply is None else multiply(x, weight)
 
 
-def input_gradient(dout: Tensor, weight: Tensor, multiply: Multiply | None) -> Tensor:
-    """dout [..., out] times weight [out, in]: [..., in]."""
-    return dout @ weight if multiply is None else multiply(dout, weight.t())
+def input_gradient(dout: Tensor, weight: Tensor, multiply: Multiply | None, onto: Tensor | None = None) -> Tensor:
+    """dout [..., out] times weight [out, in]: [..., in]; added to `onto` where given (in place if contiguous)."""
+    if onto is None:
+        return dout @ weight if multiply is None else multiply(dout, weight.t())
+    onto = onto.contiguous()
+    if multiply is None:
+        onto.view(-1, onto.shape[-1]).addmm_(dout.flatten(0, -2), weight)
+    else:
+        onto += multiply(dout, weight.t())
+    return onto
 
 
 class _Linear(torch.autograd.Function):
@@ -116,15 +123,7 @@ class _LinearAndInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dpassed: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        dx = None
-        if ctx.needs_input_grad[0] and dpassed is None:
-            dx = input_gradient(dout, weight, ctx.multiply)
-        elif ctx.needs_input_grad[0] and dpassed is not None:
-            dx = dpassed.contiguous()
-            if ctx.multiply is None:
-                dx.view(-1, dx.shape[-1]).addmm_(dout.flatten(0, -2), weight)
-            else:
-                dx += ctx.multiply(dout, weight.t())
+        dx = input_gradient(dout, weight, ctx.multiply, dpassed) if ctx.needs_input_grad[0] else None
         return dx, weight_gradient(x, dout, ctx.total) if ctx.needs_input_grad[1] else None, None
 
 

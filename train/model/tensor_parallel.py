@@ -40,24 +40,37 @@ Weight = Tensor | nn.Module
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: Any, sequence: bool, beside: bool, multiply: Multiply | None, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        group: Any,
+        sequence: bool,
+        beside: bool,
+        hands_on: bool,
+        multiply: Multiply | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.group, ctx.sequence, ctx.multiply = group, sequence, multiply
+        ctx.group, ctx.sequence, ctx.hands_on, ctx.multiply = group, sequence, hands_on, multiply
         ctx.totals = [main_grad(weight) for weight in weights]
         # The share is kept, not what was gathered.
         ctx.save_for_backward(x, *weights)
         if beside and sequence:
             return tuple(gather_products(x, [weight.t() for weight in weights], group)[0])
         whole = gather(x, group) if sequence else x
-        return tuple(forward_product(whole, weight, multiply) for weight in weights)
+        results = tuple(forward_product(whole, weight, multiply) for weight in weights)
+        return (*results, x.view_as(x)) if hands_on else results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         gathering = _start_gather(x, ctx.group) if ctx.sequence else None
-        grad_x = input_gradient(grads[0], weights[0], ctx.multiply)
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x += input_gradient(grad, weight, ctx.multiply)
+        grad_x = None
+        if ctx.hands_on:
+            *grads, passed = grads  # type: ignore[assignment]
+            # All ranks have the same, and it counts once in the sum.
+            grad_x = passed if torch.distributed.get_rank(ctx.group) == 0 else None
+        for grad, weight in zip(grads, weights, strict=True):
+            grad_x = input_gradient(grad, weight, ctx.multiply, grad_x)
+        assert grad_x is not None
         whole = _end_gather(*gathering) if gathering is not None else x
         if ctx.sequence:
             total, work = _start_scatter(grad_x, ctx.group)
@@ -65,10 +78,10 @@ class _ColumnParallel(torch.autograd.Function):
             total = grad_x.contiguous()
             work = torch.distributed.all_reduce(total, group=ctx.group, async_op=True)
         # Frozen matrices ask for none.
-        wanted = zip(grads, ctx.totals, ctx.needs_input_grad[5:], strict=True)
+        wanted = zip(grads, ctx.totals, ctx.needs_input_grad[6:], strict=True)
         grad_weights = [weight_gradient(whole, grad, into) if needed else None for grad, into, needed in wanted]
         work.wait()
-        return total, None, None, None, None, *grad_weights
+        return total, None, None, None, None, None, *grad_weights
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -173,11 +186,13 @@ def column_parallel(
 
     x: [B,S,in], or with `sequence` this rank's share [B,S / ranks,in]; gathered once for all weights, with
     `beside` while this rank's rows are multiplied. handing_on: whether the products may add their gradients of x in
-    place to that of who reads it next (`kernels.linear.linear_and_input`). multiply: see `kernels.linear`.
+    place to that of who reads it next (`kernels.linear.linear_and_input`); not done on shares. multiply: see
+    `kernels.linear`.
     """
     if group is not None and all(isinstance(weight, Tensor | LowRank) for weight in weights):
+        hands_on = handing_on and not sequence and torch.is_grad_enabled()
         multiply = multiply if torch.is_grad_enabled() else None
-        return _with_ranks(x, weights, group, sequence, beside, multiply), x
+        return _with_ranks(x, weights, group, sequence, beside, hands_on, multiply)
     whole = gather(x, group) if sequence else x
     results = []
     for weight in weights:
@@ -190,19 +205,25 @@ def column_parallel(
 
 
 def _with_ranks(
-    x: Tensor, weights: tuple[Any, ...], group: Any, sequence: bool, beside: bool, multiply: Multiply | None
-) -> tuple[Tensor, ...]:
+    x: Tensor,
+    weights: tuple[Any, ...],
+    group: Any,
+    sequence: bool,
+    beside: bool,
+    hands_on: bool,
+    multiply: Multiply | None,
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """`column_parallel` with a gradient. Into a low rank all ranks go together with x, out of it each goes alone."""
     pairs = [weight.pair() if isinstance(weight, LowRank) else None for weight in weights]
     tensors: list[Tensor] = []
     for weight, pair in zip(weights, pairs, strict=True):
         tensors += [weight] if pair is None else [weight.weight, pair[0]]
-    found = iter(_ColumnParallel.apply(x, group, sequence, beside, multiply, *tensors))
+    found = iter(_ColumnParallel.apply(x, group, sequence, beside, hands_on, multiply, *tensors))
     results = []
     for weight, pair in zip(weights, pairs, strict=True):
         result = next(found)
         results.append(result if pair is None else result + weight.scale * F.linear(next(found), pair[1]))
-    return tuple(results)
+    return tuple(results), next(found, x)
 
 
 def row_parallel(
