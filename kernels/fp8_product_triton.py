@@ -84,11 +84,11 @@ def _columns_kernel(x, largest, values, scales, rows, columns, R: tl.constexpr, 
         tl.store(scales + column, scale, mask=column < columns)
 
 
-@operation("tiankong::fp8_quantise_rows")
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See the reference of the same name."""
+def quantise_rows(x: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See the reference of the same name. values: where they go, float8_e4m3fn [rows, columns]."""
     rows, columns = x.shape
-    values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    if values is None:
+        values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if x.stride(0) == 1 and x.stride(1) == rows:
         words, tile = x.t().view(torch.int16), (128, 64)
@@ -104,20 +104,54 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-@quantise_rows.fake
-def _(x):
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], dtype=torch.float32)
+class Scratch:
+    """Memory that products round into one after the other, a block for each stream: as large as was ever needed.
+
+    Blocks of their own would be split for what a layer keeps, once free, and the next layer's product find none as
+    large: a GiB of leftovers over 24 layers and 32768 slots.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[torch.device, int], Tensor] = {}
+
+    def take(self, size: int, device: torch.device) -> Tensor:
+        """So many bytes, until the next call on this stream."""
+        stream = 0
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own, and laid out once
+                return torch.empty(size, dtype=torch.uint8, device=device)
+            stream = torch.cuda.current_stream(device).cuda_stream
+        if (device, stream) not in self._blocks or self._blocks[device, stream].numel() < size:
+            self._blocks.pop((device, stream), None)
+            self._blocks[device, stream] = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._blocks[device, stream][:size]
+
+
+_scratch = Scratch()
+
+
+@operation("tiankong::fp8_product")
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    (rows, columns), outputs = x.shape, weight.shape[0]
+    if not rows or not outputs:
+        return x.new_zeros(rows, outputs)
+    bytes_of = rows * columns, outputs * columns
+    places = _scratch.take(sum(bytes_of), x.device).view(torch.float8_e4m3fn).split(bytes_of)
+    values, scales = quantise_rows(x, places[0].view(rows, columns))
+    weights, weight_scales = quantise_rows(weight, places[1].view(outputs, columns))
+    return torch._scaled_mm(
+        values, weights.t(), scales[:, None], weight_scales[None, :], out_dtype=x.dtype, use_fast_accum=FAST_SUMS
+    )
+
+
+@_product.fake
+def _(x, weight):
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def fp8_product(x: Tensor, weight: Tensor) -> Tensor:
     """See the reference of the same name; x and weight are bfloat16."""
     check(x, weight)
     require_dtype("fp8_product", "x", x, torch.bfloat16)
-    if not x.numel():
-        return x.new_zeros(*x.shape[:-1], weight.shape[0])
-    values, scales = quantise_rows(x.reshape(-1, x.shape[-1]))
-    weights, weight_scales = quantise_rows(weight)
-    out = torch._scaled_mm(
-        values, weights.t(), scales[:, None], weight_scales[None, :], out_dtype=x.dtype, use_fast_accum=FAST_SUMS
-    )
+    out: Tensor = _product(x.reshape(-1, x.shape[-1]), weight)
     return out.view(*x.shape[:-1], weight.shape[0])

@@ -144,7 +144,7 @@ class Memory:
     head: float
     """Logits of a chunk, the gradients of hidden states and table."""
     buffers: float
-    """Reduction buckets, gathered parameters, what the pipeline sends."""
+    """Reduction buckets, gathered parameters, what the pipeline sends, what FP8 products round into."""
     update: float
     """What the optimizer's step needs beyond the backward pass's peak."""
     fragmentation: float
@@ -214,6 +214,8 @@ def _stage_memory(
         working += whole if recompute == "full" else whole - kept
     head = _head_bytes(config, size, target_share) if stage == stages - 1 else 0.0
     buffers = _bucket_bytes(config, held, size)
+    if config.precision.fp8:
+        buffers += _rounded_bytes(config)
     if parallel.offload_optimizer:
         buffers += 2 * min(8 * MOMENTS_PIECE, state.adam)
     if stages > 1:
@@ -264,6 +266,15 @@ def _layer_backward_bytes(config: Config, size: int) -> float:
     whole = 1 if stream_share(config) > 1 else 0  # a product gathers its input
     slots = config.micro_batch_size * config.sequence_length
     return slots * size * (wide + whole * model.hidden_size) + 3 * stream_bytes(config)
+
+
+def _rounded_bytes(config: Config) -> float:
+    """What FP8 products round into, a byte a value: the largest one's operands, gradients of outputs and a weight."""
+    model = config.model
+    heads = model.num_heads * head_dim(model) * (3 if kv_heads(model) == model.num_heads else 1)
+    first = model.ffn_hidden_size * (2 if model.activation in GATED else 1)
+    slots = config.micro_batch_size * config.sequence_length
+    return max(heads, first) / config.parallel.tensor_parallel * (slots + model.hidden_size)
 
 
 def _head_bytes(config: Config, size: int, target_share: float) -> float:

@@ -161,7 +161,7 @@ def test_wrong_arguments_are_named():
 
 
 if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a process of their own
-    from kernels.fp8_product_triton import fp8_product, quantise_rows
+    from kernels.fp8_product_triton import Scratch, fp8_product, quantise_rows
 
     DEVICE = "cuda" if CUDA else "cpu"
     LARGE = [(1000, 2048), (513, 5504), (300, 11008), (40, 32768)] if CUDA else [(33, 208)]
@@ -211,10 +211,22 @@ if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a pr
         assert found[:, 5].isnan().all()
 
     def test_the_kernel_is_registered_soundly():
-        x = values(32, 48, seed=15).to(DEVICE)
-        for one in (x, x.t()):
+        x, weight = values(32, 48, seed=15).to(DEVICE), values(48, 64, seed=16).to(DEVICE)
+        for inputs in ((weight.t().contiguous(), weight.t().contiguous()), (x, weight.t())):
             checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-            torch.library.opcheck(torch.ops.tiankong.fp8_quantise_rows, (one,), test_utils=checks)
+            torch.library.opcheck(torch.ops.tiankong.fp8_product, inputs, test_utils=checks)
+
+    def test_the_kernels_memory_is_used_again():
+        scratch, device = Scratch(), torch.device(DEVICE)
+        first = scratch.take(64, device)
+        assert scratch.take(32, device).data_ptr() == first.data_ptr()
+        assert scratch.take(128, device).numel() == 128
+        assert scratch.take(64, device).data_ptr() == scratch.take(128, device).data_ptr()
+        # Products of many sizes after one another are those of each alone.
+        weight = values(96, 64, seed=17).to(DEVICE)
+        cases = [(values(rows, 64, seed=rows).to(DEVICE), weight) for rows in (70, 5, 200, 7)]
+        for (x, _), found in zip(cases, [fp8_product(*case) for case in cases], strict=True):
+            assert error_ratio(found.cpu(), reference(x.cpu(), weight.cpu())) < 2 * BF16
 
     def test_the_kernel_wants_bf16():
         with pytest.raises(ValueError, match=r"x is torch.float32; use torch.bfloat16"):

@@ -177,6 +177,19 @@ def test_activations_are_what_the_fused_kernels_save() -> None:
 
 
 @pytest.mark.unit
+def test_fp8_products_round_into_the_largest_ones_operands():
+    words = ["data.path=unused", "model=1b", "micro_batch_size=4", "sequence_length=512"]
+    plain, rounded = (
+        peak_memory(compose_train([*words, f"precision={one}"]), data_parallel=1, micro_batches=1)
+        for one in ("bf16", "fp8")
+    )
+    model = compose_train(words).model
+    largest = 2 * model.ffn_hidden_size * (4 * 512 + model.hidden_size)
+    assert rounded.buffers - plain.buffers == largest
+    assert rounded.total - plain.total == largest
+
+
+@pytest.mark.unit
 def test_a_later_stage_holds_the_operands_of_what_it_puts_off():
     words = [*parity.OVERRIDES, "precision=bf16", "model.num_kv_heads=2"]
     config = compose_train(words)
