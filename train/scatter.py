@@ -71,7 +71,8 @@ class Scatter:
         # What several items hold belongs to the first of them, which a backward pass comes to last.
         holder = {id(p): place for place in reversed(range(self._items)) for p in items[place].parameters()}
         for number, parameters in enumerate(optimizer.bf16_groups):
-            self._lay_out(number, parameters, holder, tied)
+            if _ranks(self._groups[number]) > 1:
+                self._lay_out(number, parameters, holder, tied)
         self._left = 0
         self._works: list[Any] = []
         self._first_sent = self._items
@@ -102,10 +103,11 @@ class Scatter:
             for later in range(self._first_sent - 1, item, -1):
                 add_gradients(self._parameters[later])
                 self._send(self._early[later])
-                self._first_sent = later
+            self._first_sent = min(self._first_sent, item + 1)
 
     def summed(self) -> None:
         """A backward pass is over."""
+        assert self._left > 0 or self._first_sent == self._items, "a backward pass after the one that sent"
         self._left -= 1
 
     @torch.no_grad()

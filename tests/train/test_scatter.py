@@ -32,6 +32,18 @@ def test_spans_are_cut_at_their_owners_borders() -> None:
 
 
 @pytest.mark.distributed
+def test_a_rank_alone_sends_nothing() -> None:
+    assert in_ranks(1, _alone) == 0
+
+
+def _alone() -> int:
+    with mock.patch.object(scatter, "LEAST", 1), mock.patch.object(torch.distributed, "reduce") as sent:
+        engine = start_engine(BF16)
+        engine.step(my_batches(engine, 0, BATCH), LR, SHRINK)
+    return sent.call_count
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sums_sent_layer_by_layer_are_those_sent_at_the_end(world: int) -> None:
     for layout in LAYOUTS[world]:
