@@ -119,7 +119,9 @@ class Batch:
 
     def meta(self) -> Tensor:
         """int64 [B, 4, S]: both position rows, attend_from, attend_to, as pipeline stages pass it on."""
-        return torch.cat([self.positions, self.attend_from[:, None], self.attend_to[:, None]], dim=1).to(torch.int64)
+        parts = self.positions, self.attend_from[:, None], self.attend_to[:, None]
+        # By NumPy, which wakes no threads (`train.labels`).
+        return torch.from_numpy(np.concatenate([part.numpy() for part in parts], axis=1, dtype=np.int64))
 
     def repetition(self) -> float:
         """log(slots / different pieces), the mean over the sequences, nats: 0 where no piece comes twice."""

@@ -1,7 +1,12 @@
-"""What the last stage needs of a batch: its target rows, picked out on the host so that the device never waits."""
+"""What the last stage needs of a batch: its target rows, picked out on the host so that the device never waits.
+
+By NumPy: these are small operations, for which PyTorch may wake a thread a core, and where a container has fewer cores
+than it sees they then wait for one another: 30 to 50 ms a micro-batch on a host of two H200s, in place of 0.2.
+"""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +30,13 @@ class Labels:
     def of(batch: Batch) -> "Labels":
         """The labels of a batch on the host."""
         sequences, slots = batch.targets.shape
-        rows = (batch.loss_weight.flatten() > 0).nonzero().squeeze(1)
+        weights = batch.loss_weight.flatten().numpy()
+        rows = np.flatnonzero(weights > 0)
         return Labels(
-            rows=rows,
-            targets=batch.targets.flatten()[rows],
-            loss_weight=batch.loss_weight.flatten()[rows] / sequences,
-            groups=batch.group.repeat_interleave(slots)[rows],
+            rows=torch.from_numpy(rows),
+            targets=torch.from_numpy(batch.targets.flatten().numpy()[rows]),
+            loss_weight=torch.from_numpy(weights[rows] / np.float32(sequences)),
+            groups=torch.from_numpy(batch.group.numpy().repeat(slots)[rows]),
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
