@@ -72,4 +72,13 @@ def fp8_product(x: Tensor, weight: Tensor) -> Tensor:
     check(x, weight)
     (values, scales), (weights, weight_scales) = quantise_rows(x.reshape(-1, x.shape[-1])), quantise_rows(weight)
     sums = (values.float() * scales[:, None]) @ (weights.float() * weight_scales[:, None]).t()
-    return sums.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return reshaped(sums.to(x.dtype), x)
+
+
+def reshaped(rows: Tensor, x: Tensor) -> Tensor:
+    """rows [product of ..., outputs], nobody else's, as [..., outputs] for x [..., columns].
+
+    Not a view, as the results of PyTorch's products are none: who gets one from an autograd function may write to it.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+    return result

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import require_dtype
-from kernels.fp8_product import check
+from kernels.fp8_product import check, reshaped
 from kernels.operation import operation
 
 FAST_SUMS = True
@@ -153,5 +153,4 @@ def fp8_product(x: Tensor, weight: Tensor) -> Tensor:
     """See the reference of the same name; x and weight are bfloat16."""
     check(x, weight)
     require_dtype("fp8_product", "x", x, torch.bfloat16)
-    out: Tensor = _product(x.reshape(-1, x.shape[-1]), weight)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return reshaped(_product(x.reshape(-1, x.shape[-1]), weight), x)

@@ -109,6 +109,13 @@ def test_gradients_of_inputs_are_in_fp8_and_of_weights_as_ever():
     assert torch.equal(total, gradients(x, weight, dout, None)[2])
 
 
+def test_the_output_may_be_written_to():
+    """By a sum over ranks in place, say."""
+    x, weight = values(2, 40, 64, seed=5), values(96, 64, seed=6).requires_grad_()
+    linear(x, weight, reference).zero_().sum().backward()
+    assert not weight.grad.any()
+
+
 def test_without_a_sum_the_gradient_of_the_weight_is_autograds():
     x, weight = values(40, 64, seed=5), values(96, 64, seed=6).requires_grad_()
     dout = values(40, 96, seed=7)
@@ -192,6 +199,7 @@ if CUDA or INTERPRETED:  # without a GPU, test_interpreted.py runs these in a pr
         wanted = reference(x, weight)
         assert found.dtype == torch.bfloat16
         assert found.shape == wanted.shape
+        assert not found._is_view()
         if wanted.numel():
             # Hopper's units keep 14 bits of a sum of 208 terms; the rest is two roundings to bf16.
             assert error_ratio(found.cpu(), wanted) < 2 * BF16
