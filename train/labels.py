@@ -1,7 +1,7 @@
 """What the last stage needs of a batch: its target rows, picked out on the host so that the device never waits.
 
-By NumPy: these are small operations, for which PyTorch may wake a thread a core, and where a container has fewer cores
-than it sees they then wait for one another: 30 to 50 ms a micro-batch on a host of two H200s, in place of 0.2.
+By NumPy: PyTorch may wake a thread a core for such small operations, and where a container has fewer cores than it sees
+they wait for one another: a host of two H200s took 30 to 50 ms a micro-batch, one thread of it takes 0.2.
 """
 
 from dataclasses import dataclass
