@@ -108,7 +108,7 @@ class Scratch:
     """Memory that products round into one after the other, a block for each stream: as large as was ever needed.
 
     Blocks of their own would be split for what a layer keeps, once free, and the next layer's product find none as
-    large: a GiB of leftovers over 24 layers and 32768 slots.
+    large: of 180 MB (32768 slots of 5504) the next norm takes 134, and 46 are left over, layer by layer.
     """
 
     def __init__(self) -> None:
