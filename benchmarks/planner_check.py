@@ -60,6 +60,8 @@ TABLES = {
     "step/recompute.csv": "anchor",
     "step/graphs.csv": "anchor",
     "step/graphs_small.csv": "text",
+    "step/fp8.csv": "anchor",
+    "step/fp8_h200.csv": "anchor",
     "parallel/speed.csv": "",
     "parallel/speed_second.csv": "",
     "parallel/speed_third.csv": "",

@@ -29,6 +29,8 @@ from train.memory import WEIGHT_BYTES, stream_bytes, stream_share, whole_micro_b
 
 PRODUCT = 0.80
 """Share of the peak that a large bf16 product reaches: 791 of 989 TFLOP/s on an H100."""
+FP8_PRODUCT = 1.85
+"""A large product of e4m3 values by rows, as a multiple of a bf16 one's speed: 1479 and 799 TFLOP/s on an H100."""
 COPY = 0.90
 """Share of the data sheet's memory bandwidth that a copy reaches: 3004 of 3350 GB/s on an H100."""
 HEAD = 0.71
@@ -232,13 +234,27 @@ class CostModel:
         weights = layer_parameters(model, tensor)
         matrices = weights.attention + weights.ffn
         products = 2 * twice * self.tokens * matrices / self.product
+        rounded = 0.0
+        if self.config.precision.fp8:
+            # Of the backward pass half: the gradients of the weights stay in bf16.
+            products *= 1 / FP8_PRODUCT if way == "forward" else (1 + 1 / FP8_PRODUCT) / 2
+            rounded = self._rounded_bytes(way, matrices) / self.copy
         # A thin micro-batch reads its weights for longer than it multiplies.
         products = max(products, twice * matrices * self.size / self.copy)
         pairs = self.tokens * self.config.sequence_length * self.shares.attended
         flops = (4 if way == "forward" else 10) * pairs * model.num_heads * head_dim(model) / tensor
         share = (ATTENTION_DROPOUT if model.attention_dropout else ATTENTION)[way]
         elementwise = self._elementwise_bytes(way) / (self.copy * ELEMENTWISE[way])
-        return max(products + flops / (self.product * share) + elementwise, KERNELS[way] * KERNEL_SECONDS)
+        return max(products + rounded + flops / (self.product * share) + elementwise, KERNELS[way] * KERNEL_SECONDS)
+
+    def _rounded_bytes(self, way: str, matrices: int) -> float:
+        """What FP8 products read in bf16 and write in e4m3 first: the weights, and their inputs or their gradients."""
+        model, tensor = self.config.model, self.config.parallel.tensor_parallel
+        attended, wide = model.num_heads * head_dim(model), model.ffn_hidden_size
+        if way == "backward":
+            attended += 2 * kv_heads(model) * head_dim(model)
+            wide *= 2 if model.activation in GATED else 1
+        return (self.size + 1) * (matrices + self.tokens * (2 * model.hidden_size + (attended + wide) / tensor))
 
     def _recompute_seconds(self) -> float:
         """What one layer computes again: the forward pass, or its branch's share of the operations."""

@@ -112,6 +112,18 @@ def test_steps_measured_with_other_trainers_are_met_within_ten_per_cent(hardware
     assert predicted == pytest.approx(tokens_per_second, rel=0.10)
 
 
+def test_fp8_products_save_what_was_measured_and_nothing_where_rounding_outweighs_them():
+    def seconds(*words: str) -> float:
+        config = planned(*SHAPE, "loss.z_loss=0", *words)
+        return CostModel(config, find("h100"), 8, 1, Shares(attended=0.607, targets=0.6)).step().total
+
+    large = ("micro_batch_size=8", "global_batch_size=128")
+    assert seconds(*large, "precision=fp8") == pytest.approx(3.754, rel=0.10)  # benchmarks/step/fp8.csv
+    assert seconds(*large, "precision=fp8") < 0.9 * seconds(*large, "precision=bf16")
+    thin = ("micro_batch_size=1", "global_batch_size=8", "sequence_length=64")
+    assert seconds(*thin, "precision=fp8") > seconds(*thin, "precision=bf16")
+
+
 def test_the_search_keeps_the_rules_and_finds_what_nobody_beats():
     config = planned("model=glm_130b", "cluster=a100_96x8", "precision=fp16")
     cluster, shares = planner.cluster_of(config), planner.shares_of(config)
