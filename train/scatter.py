@@ -83,9 +83,10 @@ class Scatter:
         members: list[list[nn.Parameter]] = [[] for _ in range(self._items)]
         for parameter in parameters:
             start = parameter.main_grad.storage_offset()
-            if parameter is not tied:
-                spans[holder[id(parameter)]].append((start, start + parameter.numel()))
-                members[holder[id(parameter)]].append(parameter)
+            item = holder.get(id(parameter))
+            if item is not None and parameter is not tied:
+                spans[item].append((start, start + parameter.numel()))
+                members[item].append(parameter)
         for item in range(1, self._items):
             wholes = joined(spans[item])
             if wholes and min(stop - start for start, stop in wholes) >= LEAST:

@@ -4,11 +4,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.train.parity import BATCH, LR, SHRINK, in_ranks, my_batches, start_engine
 from train import scatter
-from train.scatter import by_owner, joined
+from train.scatter import Scatter, by_owner, joined
 
 BF16 = ["precision=bf16", "parallel.zero_stage=1"]
 LAYOUTS = {
@@ -29,6 +29,25 @@ def test_spans_are_cut_at_their_owners_borders() -> None:
     assert list(by_owner((3, 21), 8)) == [((3, 8), 0), ((8, 16), 1), ((16, 21), 2)]
     assert list(by_owner((8, 16), 8)) == [((8, 16), 1)]
     assert joined([(0, 3), (3, 5), (6, 8)]) == [(0, 5), (6, 8)]
+
+
+@pytest.mark.unit
+def test_where_nothing_tells_of_backward_passes_all_goes_at_the_end() -> None:
+    weight, sums = nn.Parameter(torch.zeros(4)), torch.zeros(4)
+    weight.main_grad = sums  # type: ignore[attr-defined]
+    optimizer = mock.Mock(
+        bf16_groups=[[weight]],
+        fp32_groups_gradients_flat=[sums],
+        fp32_groups_gradient_flat_partition=[sums[:2]],
+        real_dp_process_group=[None],
+    )
+    with (
+        mock.patch.object(scatter, "_ranks", return_value=2),
+        mock.patch.object(scatter, "_mean"),
+        mock.patch.object(torch.distributed, "reduce_scatter_tensor") as sent,
+    ):
+        Scatter(optimizer, [], None).end()
+    assert sent.call_args.args == (optimizer.fp32_groups_gradient_flat_partition[0], sums)
 
 
 @pytest.mark.distributed
