@@ -7,7 +7,8 @@ together by their maxima and sums in a second small kernel; where there is one s
 
 Where a key-value head has one query and there are several shares (multi-head attention, few rows), what counts is how
 soon after the token's projection the result is there. A kernel of its own multiplies and adds without tensor cores and
-the exchanges they ask for, and has the second-level cache fetch its share while the kernel before still runs.
+the exchanges they ask for, and has the second-level cache fetch the first block of its share (as a rule there is no
+other) while the kernel before still runs.
 
 The token's own key and value are taken from its projection, not from the cache, so that nobody waits for their storing.
 """

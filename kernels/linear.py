@@ -11,6 +11,7 @@ between steps. Without it W gets its gradient as ever.
 
 Where x is read by a residual too, two gradients of x meet. `linear_and_input` hands x on, so that the gradient that
 comes back by it is there when dy W is made, and the product adds it: x's gradient is rounded once, and written once.
+(What `multiply` makes is added afterwards, and rounded twice.)
 
 `multiply` computes y and dx in place of PyTorch's product (`kernels.fp8_product`): called with x and W, and with dy and
 Wᵀ. dW is made from x and dy as they are. What has no gradient does without it: evaluation and generation see the

@@ -15,7 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.gpu if CUDA else pytest.mark.unit
 
 # rows, heads, kv heads, head dim, slots: plain, grouped, one key-value head for many, odd dims, one slot
-SHAPES = [(3, 4, 4, 16, 70), (2, 6, 2, 32, 133), (5, 20, 1, 24, 40), (1, 2, 2, 64, 300), (1, 2, 1, 16, 1)]
+SHAPES = [(5, 4, 4, 16, 70), (2, 6, 2, 32, 133), (5, 20, 1, 24, 40), (1, 2, 2, 64, 300), (1, 2, 1, 16, 1)]
 
 
 def case(shape, dtype):
@@ -59,9 +59,9 @@ def test_the_reference_stores_the_token_and_attends(shape):
 def test_wrong_arguments_are_named():
     inputs, options, _ = case(SHAPES[0], torch.float32)
     q, key, value, keys, values, *vectors = inputs
-    with pytest.raises(ValueError, match=r"q has shape \[3, 2, 4, 16\]"):
+    with pytest.raises(ValueError, match=r"q has shape \[5, 2, 4, 16\]"):
         reference(q.expand(-1, 2, -1, -1), key, value, keys, values, *vectors, **options)
-    with pytest.raises(ValueError, match=r"values has shape \[3, 69, 4, 16\]"):
+    with pytest.raises(ValueError, match=r"values has shape \[5, 69, 4, 16\]"):
         reference(q, key, value, keys, values[:, 1:], *vectors, **options)
     with pytest.raises(ValueError, match=r"place is torch\.int64"):
         reference(q, key, value, keys, values, vectors[0].long(), *vectors[1:], **options)
