@@ -247,7 +247,8 @@ class Layer(nn.Module):
     """What the two placements share: the branches, their dropout, and recomputation.
 
     Recomputing a branch stops at the last tensor that its backward pass needs, before the sum over the tensor-parallel
-    ranks, and before its last product too where autograd keeps that product's inputs itself.
+    ranks, and before its last product too where autograd keeps that product's inputs itself. With
+    parallel.overlap_tensor product and sum are one operation, and both are repeated.
     """
 
     def __init__(self, context: Context, index: int) -> None:
