@@ -115,7 +115,7 @@ class Scratch:
         self._blocks: dict[tuple[torch.device, int], Tensor] = {}
 
     def take(self, size: int, device: torch.device) -> Tensor:
-        """So many bytes, until the next call on this stream."""
+        """So many bytes, until the next call on this stream; host threads that share one must not multiply at once."""
         stream = 0
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own, and laid out once

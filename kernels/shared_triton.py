@@ -103,7 +103,8 @@ def starts_early(device: torch.device, rows: int) -> bool:
     is hundreds of kernels that take hardly longer than their launch.
 
     Such a kernel is launched with `launch_pdl=True` (programmatic dependent launch) and calls `let_next_start`. It may
-    then read what no kernel writes (weights), and has to `wait_for_last` before it touches anything else.
+    then read what no kernel writes (weights), and has to `wait_for_last` before it touches anything else. (What it only
+    asks the second-level cache for may be old: `decode_attention_triton`.)
     """
     if rows > SHORT_ROWS or device.type != "cuda" or torch.version.hip is not None:
         return False

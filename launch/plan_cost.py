@@ -30,7 +30,8 @@ from train.memory import WEIGHT_BYTES, stream_bytes, stream_share, whole_micro_b
 PRODUCT = 0.80
 """Share of the peak that a large bf16 product reaches: 791 of 989 TFLOP/s on an H100."""
 FP8_PRODUCT = 1.85
-"""A large product of e4m3 values by rows, as a multiple of a bf16 one's speed: 1479 and 799 TFLOP/s on an H100."""
+"""A large product of e4m3 values by rows, as a multiple of a bf16 one's speed: 1479 and 799 TFLOP/s on an H100
+(`benchmarks/kernels/fp8_alone.csv`)."""
 COPY = 0.90
 """Share of the data sheet's memory bandwidth that a copy reaches: 3004 of 3350 GB/s on an H100."""
 HEAD = 0.71

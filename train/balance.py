@@ -94,6 +94,7 @@ def main(config: Config) -> int:
         raise ConfigError("parallel.pipeline_parallel=1 has no stages to balance; give 2 or more")
     config.parallel.layers_per_stage = []
     rules.check(config)
+    backend.check_precision(config.precision)
     costs = measure(config, Dataset.open(config.data.path))
     slots = f"{config.micro_batch_size} x {config.sequence_length} slots on {backend.device_name()}"
     parts = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in vars(costs).items())

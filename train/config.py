@@ -137,7 +137,8 @@ class ParallelConfig:
     """Each tensor-parallel rank holds a share of sequence_length (it must divide it) between products: less memory."""
     overlap_tensor: bool = False
     """Tensor-parallel traffic beside products, the same numbers. With sequence_parallel this rank's rows are multiplied
-    while the others' come in or leave; else half of a row-parallel product while the other half is summed."""
+    while the others' come in or leave; else half of a row-parallel product while the other half is summed. Branches
+    that activation_checkpointing=attention or ffn recompute repeat their sums."""
     zero_stage: int = 1
     """0 plain, 1 optimizer states, 2 and gradients, 3 and parameters divided over the data-parallel ranks."""
     activation_checkpointing: str = "none"

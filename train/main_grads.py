@@ -45,7 +45,7 @@ def attach(engine: Any, items: Sequence[nn.Module] = (), tied: Tensor | None = N
     optimizer.clear_lp_grads = lambda set_to_none=True: _let_go(optimizer)
     optimizer.update_lp_params = lambda: _update(optimizer)
     empty = optimizer.clear_hp_grads
-    # In a step `_update` has done it already.
+    # In a step `_update` has done it already. Sums that `update_hp_grads` was never told of are not emptied by it.
     optimizer.clear_hp_grads = lambda: empty() if any(map(any, optimizer.fp32_groups_has_gradients)) else None
     # Norm and clip go by this list, and sum over the model-parallel ranks of `mpu`.
     optimizer.fp32_groups_gradients = own

@@ -163,6 +163,7 @@ class Model(nn.Module):
             first.register_hook(lambda gradient: self._returned(position, gradient))
 
     def _returned(self, position: int, gradient: Tensor) -> None:
+        # Without `watch` nothing tells the scatter, and all goes at the end.
         self._count(1, position, gradient)
         if self.scatter is not None:
             self.scatter.passed(position)
