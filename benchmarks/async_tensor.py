@@ -16,10 +16,8 @@ without traffic. What fails says why and ends no other.
 """
 
 import argparse
-import csv
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory  # its operations register themselves
 from torch import Tensor
 
-from benchmarks.step import device, versions
+from benchmarks.turns import say, write
 from kernels.bench import error_ratio
 from kernels.linear import main_grad, product32, weight_gradient
 from train import backend
@@ -235,24 +233,9 @@ def main() -> None:
         for shape in ["toy"] if options.toy else options.shapes:
             for row in measure(shape, contenders, options.repeats):
                 table.append(row)
-                if backend.global_rank() == 0:
-                    print(row, flush=True)
-                    write(options.output, table)
+                say(row)
+                write(options.output, "benchmarks.async_tensor", table)
     backend.stop()
-
-
-def write(output: Path, table: list[dict[str, Any]]) -> None:
-    """The table anew."""
-    fields = ["shape", "product", "contender", "error", "forward_us", "both_us", "reason"]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="", encoding="utf-8") as file:
-        words = " ".join(word for word in sys.argv[1:] if "/" not in word and word != "--output")
-        ranks = dist.get_world_size()
-        command = f"torchrun --nproc-per-node {ranks} -m benchmarks.async_tensor {words}"
-        file.write(f"# {ranks} x {device()}, {versions()}; {command}\n")
-        writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
 
 
 if __name__ == "__main__":

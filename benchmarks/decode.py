@@ -34,7 +34,8 @@ import torch
 
 from benchmarks.decode_models import Ids, aten_int4, model_of, text_for, theirs_of
 from benchmarks.step import device, versions
-from benchmarks.step_worker import SHAPES, Shape, measure_ceilings
+from benchmarks.step_measure import measure_ceilings
+from benchmarks.step_worker import SHAPES, Shape
 from train import backend
 from train.generation.blanks import fill_all
 from train.generation.course import Course

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks.parallel import SPEED
-from benchmarks.step_worker import OURS, SHAPES, Shape, batch_of, timed
+from benchmarks.step_measure import timed
+from benchmarks.step_worker import OURS, SHAPES, Shape, batch_of
 from benchmarks.step_worker import words as words_of
 from data_prep import cli
 from data_prep.errors import ConfigError

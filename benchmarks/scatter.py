@@ -9,9 +9,7 @@ in turns, and one of each is traced (`benchmarks.trace`). Writes benchmarks/scat
 """
 
 import argparse
-import csv
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import step_worker, trace
+from benchmarks import step_worker, trace, turns
 from benchmarks.parallel_worker import together
-from benchmarks.step import device, versions
 from benchmarks.step_worker import LR, SHAPES, batch_of
+from benchmarks.turns import in_time, say
 from train import backend, scatter
 from train.engine import Engine
 
@@ -135,35 +133,10 @@ def main() -> None:
     backend.stop()
 
 
-def in_time(deadline: float) -> bool:
-    """Whether there is time for more, by the first rank's clock."""
-    left = torch.tensor(deadline - time.monotonic(), device=backend.device())
-    dist.broadcast(left, 0)
-    return float(left) > 0
-
-
 def write(options: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
     """The table anew."""
-    if backend.global_rank():
-        return
-    fields = list(dict.fromkeys(key for row in rows.values() for key in row))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        words = " ".join(word for word in sys.argv[1:] if "/" not in word and word != "--output")
-        world = dist.get_world_size()
-        file.write(
-            f"# {world} x {device()}, {versions()}; torchrun --nproc-per-node {world} -m benchmarks.scatter {words}\n"
-        )
-        file.write(f"# {options.shape}, {options.micro_batches} micro-batches of {options.micro_batch} a rank\n")
-        table = csv.DictWriter(file, fields, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows.values())
-
-
-def say(row: dict[str, Any]) -> None:
-    """One line of progress."""
-    if backend.global_rank() == 0:
-        print(row, flush=True)
+    note = f"{options.shape}, {options.micro_batches} micro-batches of {options.micro_batch} a rank"
+    turns.write(options.output, "benchmarks.scatter", list(rows.values()), note)
 
 
 def parse() -> argparse.Namespace:

@@ -10,9 +10,7 @@ step. Writes benchmarks/zero_bubble.csv row by row; the last columns are a trace
 
 import argparse
 import contextlib
-import csv
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import step_worker, trace
+from benchmarks import step_worker, trace, turns
 from benchmarks.parallel_worker import device_allocations
-from benchmarks.step import device, versions
 from benchmarks.step_worker import LR, SHAPES, batch_of
+from benchmarks.turns import in_time, say
 from data_prep.batch import Batch
 from train import backend
 from train.engine import PipelineEngine
@@ -191,11 +189,11 @@ def main() -> None:
             row |= {"step_ms": round(middle, 1), "passes_ms": round(statistics.median(passes[name]), 1)}
             row["spread"] = f"{min(times[name]) / middle:.3f}-{max(times[name]) / middle:.3f}"
             row["bubble"], row["bubble_least"] = (round(row[key], 4) for key in ("bubble", "bubble_least"))
-        write(options, bench, rows)
-        if not in_time(deadline, bench):
+        write(options, rows)
+        if not in_time(deadline):
             break
     for name in CONTENDERS if options.trace else ():
-        if not in_time(deadline, bench):
+        if not in_time(deadline):
             break
         bench.choose(name)
         parts: list[Any] = [None, None]
@@ -204,41 +202,17 @@ def main() -> None:
             say({"schedule": name, "rank": rank, "gaps": gaps})
             whole = part.pop("whole")
             rows[name] |= {f"{key}_{rank}": round(value / whole, 4) for key, value in part.items()}
-        write(options, bench, rows)
+        write(options, rows)
     for row in rows.values():
         say(row)
     backend.stop()
 
 
-def in_time(deadline: float, bench: Bench) -> bool:
-    """Whether there is time for more, by the first rank's clock."""
-    left = torch.tensor(deadline - time.monotonic(), device=bench.engine.mesh.device)
-    dist.broadcast(left, 0)
-    return float(left) > 0
-
-
-def write(options: argparse.Namespace, bench: Bench, rows: dict[str, dict[str, Any]]) -> None:
+def write(options: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
     """The table anew."""
-    if bench.engine.mesh.rank:
-        return
-    fields = list(dict.fromkeys(key for row in rows.values() for key in row))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        words = " ".join(word for word in sys.argv[1:] if "/" not in word and word != "--output")
-        file.write(f"# 2 x {device()}, {versions()}; torchrun --nproc-per-node 2 -m benchmarks.zero_bubble {words}\n")
-        file.write(
-            f"# {options.shape}, layers {options.layers or 'by slots'}, {options.micro_batches} micro-batches of "
-            f"{options.micro_batch}; gradient_apart: of the fp32 sums; shares of a traced step by rank\n"
-        )
-        table = csv.DictWriter(file, fields, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows.values())
-
-
-def say(row: dict[str, Any]) -> None:
-    """One line of progress."""
-    if backend.global_rank() == 0:
-        print(row, flush=True)
+    note = f"{options.shape}, layers {options.layers or 'by slots'}, {options.micro_batches} micro-batches of "
+    note += f"{options.micro_batch}; gradient_apart: of the fp32 sums; shares of a traced step by rank"
+    turns.write(options.output, "benchmarks.zero_bubble", list(rows.values()), note)
 
 
 def parse() -> argparse.Namespace:

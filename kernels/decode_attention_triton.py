@@ -35,6 +35,14 @@ SINGLE_TILE = (128, 8)  # of the kernel for one query a key-value head
 
 
 @triton.jit
+def _slots_of(share, first, last, SHARES: tl.constexpr, BN: tl.constexpr):
+    """First slot of a share of [first, last), and the one behind its last; shares are whole blocks of BN slots."""
+    each = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), SHARES), BN) * BN
+    start = first + share * each
+    return start, tl.minimum(start + each, last)
+
+
+@triton.jit
 def _share_kernel(
     q, key, value, keys, values, place, attend_from, attend_to, out, part, top_of, sum_of, slots, kv_heads, unit,
     q_row, q_head, key_row, key_head, value_row, value_head, cache_row, cache_slot, cache_head,
@@ -54,9 +62,7 @@ def _share_kernel(
     first = tl.maximum(tl.load(attend_from + row * from_row), 0)
     last = tl.minimum(tl.load(attend_to + row * to_row), slots)
     own = tl.load(place + row * place_row)
-    each = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), SHARES), BN) * BN
-    start = first + share * each
-    stop = tl.minimum(start + each, last)
+    start, stop = _slots_of(share, first, last, SHARES, BN)
 
     query, dim = tl.arange(0, BQ), tl.arange(0, BD)
     dim_mask = dim < D
@@ -130,17 +136,15 @@ def _single_kernel(
         # Nobody vouches yet for what is read here: it says what to fetch, no more.
         first = tl.maximum(tl.load(attend_from + row * from_row, cache_modifier=".cg"), 0)
         last = tl.minimum(tl.load(attend_to + row * to_row, cache_modifier=".cg"), slots)
-        each = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), SHARES), BN) * BN
-        block = first + share * each + tl.arange(0, BN)
+        start, _ = _slots_of(share, first, last, SHARES, BN)
+        block = start + tl.arange(0, BN)
         _fetch(keys, base + block.to(tl.int64) * cache_slot, block < last, D)
         _fetch(values, base + block.to(tl.int64) * cache_slot, block < last, D)
     wait_for_last(EARLY)
     first = tl.maximum(tl.load(attend_from + row * from_row), 0)
     last = tl.minimum(tl.load(attend_to + row * to_row), slots)
     own = tl.load(place + row * place_row)
-    each = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), SHARES), BN) * BN
-    start = first + share * each
-    stop = tl.minimum(start + each, last)
+    start, stop = _slots_of(share, first, last, SHARES, BN)
 
     dim = tl.arange(0, BD)
     dim_mask = dim < D
@@ -225,7 +229,7 @@ def _decode(
     padded = max(16, triton.next_power_of_2(dim))
     early = starts_early(q.device, rows)
     tensors, parts = (q, key, value, keys, values, place, attend_from, attend_to), (part, top_of, sum_of)
-    strides = [part.stride(axis) for part in (q, key, value) for axis in (0, 2)] + [*keys.stride()[:3]]
+    strides = [one.stride(axis) for one in (q, key, value) for axis in (0, 2)] + [*keys.stride()[:3]]
     strides += [vector.stride(0) for vector in (place, attend_from, attend_to)]
     numbers = (slots, kv_heads, scale * LOG2E, *strides)
     if single:
