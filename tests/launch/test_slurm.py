@@ -33,12 +33,13 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def test_a_job_is_stopped_by_its_time_limit_queued_again_and_finishes(tmp_path, folder, tiny_overrides):
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_job_is_stopped_by_its_time_limit_queued_again_and_finishes(tmp_path, folder, tiny_overrides, count):
     run_dir = tmp_path / "run"
     words = [*tiny_overrides, f"global_batch_size={BATCH}", f"max_steps={STEPS}", f"run_dir={run_dir}"]
-    words += ["cluster=slurm", "cluster.nodes=2", "cluster.processes=1", "cluster.gpus_per_node=null"]
+    words += ["cluster=slurm", f"cluster.nodes={count}", "cluster.processes=1", "cluster.gpus_per_node=null"]
     words += ["cluster.slurm.time=01:00:00", "cluster.slurm.save_seconds=20"]
-    with Hosts(2) as hosts, SlurmCluster(hosts, folder) as slurm:
+    with Hosts(count) as hosts, SlurmCluster(hosts, folder) as slurm:
         out = slurm.run(sys.executable, "-m", "launch", *words)
         assert out.startswith("Submitted batch job 1: ")
         slurm.until(lambda: len(history(run_dir)) > 5, 200, "nothing is trained")
